@@ -1,0 +1,103 @@
+"""The arithmetic of a render: latents, blocks, frames, turns.
+
+Reads ``spec``; the worker's ``schedule`` and ``segments`` and the operator's ``status`` count with it. No torch.
+
+*latent* = one latent frame: 4 frames of video, but the first latent is 1. *block* = ``block_latents`` latents that share
+a noise level; the first block holds ``context_latents`` more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .spec import Spec
+
+FRAMES_PER_LATENT = 4  # temporal compression of the Wan VAEs
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a video of ``frames`` frames is cut into blocks."""
+
+    frames: int
+    block_latents: int
+    context_latents: int
+    steps: int
+    scene_ends: tuple[int, ...] = ()  # the frame at which each scene ends; () is one scene
+
+    def __post_init__(self) -> None:
+        if self.frames < 1 or self.block_latents < 1 or self.steps < 1:
+            raise ValueError(f"frames, block_latents and steps must be at least 1: {self}")
+        if not 0 <= self.context_latents <= self.block_latents:
+            raise ValueError(f"context_latents must lie between 0 and block_latents: {self}")
+
+    @property
+    def latents(self) -> int:
+        """Latents that hold the frames asked for."""
+        return latents_of(self.frames)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks to render; the last one may hold surplus latents, which are dropped."""
+        return max(1, -(-(self.latents - self.context_latents) // self.block_latents))
+
+    @property
+    def sweeps(self) -> int:
+        """Passes over the queue until the last block is clean."""
+        return self.steps + self.blocks - 1
+
+    @property
+    def turns(self) -> int:
+        """(block, step) pairs in all."""
+        return self.steps * self.blocks
+
+    def own_latents(self, block: int) -> int:
+        """Latents that belong to the block, surplus ones included."""
+        return self.block_latents + (self.context_latents if block == 0 else 0)
+
+    def first_latent(self, block: int) -> int:
+        """Index in the video of the block's first own latent."""
+        return 0 if block == 0 else self.context_latents + block * self.block_latents
+
+    def wanted_latents(self, block: int) -> int:
+        """Own latents that hold frames asked for: all but in the last block."""
+        return min(self.own_latents(block), self.latents - self.first_latent(block))
+
+    def first_frame(self, block: int) -> int:
+        """Index in the video of the block's first frame."""
+        return frames_of(self.first_latent(block))
+
+    def wanted_frames(self, block: int) -> int:
+        """Frames of the block that go into the video."""
+        end = frames_of(self.first_latent(block) + self.wanted_latents(block))
+        return min(end, self.frames) - self.first_frame(block)
+
+    def scene(self, block: int) -> int:
+        """Index of the scene that is on at the block's first frame."""
+        first = self.first_frame(block)
+        return next((index for index, end in enumerate(self.scene_ends) if first < end), 0)
+
+
+def latents_of(frames: int) -> int:
+    """Latents needed for a number of frames."""
+    return -(-(frames - 1) // FRAMES_PER_LATENT) + 1
+
+
+def frames_of(latents: int) -> int:
+    """Frames that a number of latents, from the video's begin, decode to."""
+    return 0 if latents == 0 else 1 + FRAMES_PER_LATENT * (latents - 1)
+
+
+def plan(spec: Spec) -> Plan:
+    """The plan of a spec."""
+    ends, total = [], 0
+    for scene in spec.all_scenes:
+        total += scene.frames
+        ends.append(total)
+    return Plan(
+        frames=total,
+        block_latents=spec.dual_parallel.block_latents,
+        context_latents=spec.dual_parallel.context_latents,
+        steps=spec.sampling.steps,
+        scene_ends=tuple(ends),
+    )
