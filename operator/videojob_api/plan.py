@@ -2,8 +2,8 @@
 
 Reads ``spec``; the worker's ``schedule`` and ``segments`` and the operator's ``status`` count with it. No torch.
 
-*latent* = one latent frame: 4 frames of video, but the first latent is 1. *block* = ``block_latents`` latents that share
-a noise level; the first block holds ``context_latents`` more.
+*latent* = one latent frame: 4 frames of video, but the first latent is 1. *block* = ``block_latents`` latents that
+share a noise level; the first block holds ``context_latents`` more.
 """
 
 from __future__ import annotations

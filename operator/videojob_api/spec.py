@@ -15,8 +15,6 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
-from . import names
-
 
 @dataclass(frozen=True)
 class Rule:
@@ -28,7 +26,7 @@ class Rule:
 
 
 class Model(BaseModel):
-    """Base of all API models: frozen, camelCase outside, unknown fields refused, attribute docstrings as descriptions."""
+    """Base of all API models: frozen, camelCase outside, unknown fields refused, docstrings as descriptions."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -271,7 +269,8 @@ class Spec(Model):
         """The scenes; a single prompt is one scene."""
         if self.scenes is not None:
             return self.scenes
-        assert self.prompt is not None and self.video.frames is not None  # noqa: S101 - the spec's rules
+        assert self.prompt is not None  # noqa: S101 - the spec's rules
+        assert self.video.frames is not None  # noqa: S101 - the spec's rules
         return (Scene(prompt=self.prompt, frames=self.video.frames),)
 
     @property
@@ -290,10 +289,9 @@ class Spec(Model):
         return self.nodes * self.ranks
 
     def digest(self) -> str:
-        """SHA-256 of what determines the video: the spec without the machines it runs on."""
-        render = self.model_dump(
-            mode="json", by_alias=True, exclude={"nodes", "gpus_per_node", "ranks_per_node", "resources"}
-        )
+        """SHA-256 of what determines the video: not the machines it runs on, nor the place it is written to."""
+        elsewhere = {"nodes", "gpus_per_node", "ranks_per_node", "resources", "output"}
+        render = self.model_dump(mode="json", by_alias=True, exclude=elsewhere)
         return hashlib.sha256(json.dumps(render, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
@@ -313,8 +311,8 @@ class VideoJob(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore", validate_by_name=True, validate_by_alias=True)
 
-    api_version: Literal["videojob.dev/v1alpha1"] = Field(names.API_VERSION, alias="apiVersion")
-    kind: Literal["VideoJob"] = names.KIND
+    api_version: Literal["videojob.dev/v1alpha1"] = Field("videojob.dev/v1alpha1", alias="apiVersion")
+    kind: Literal["VideoJob"] = "VideoJob"
     metadata: Metadata
     spec: Spec
 

@@ -1,6 +1,6 @@
 """The VideoJob's status: its schema and its words.
 
-``crd`` turns these models into the status schema; the operator's ``status`` fills them in. Only the operator writes them.
+``crd`` turns these models into the status schema; the operator's ``status`` fills them in, and nobody else.
 """
 
 from __future__ import annotations

@@ -1,0 +1,80 @@
+"""A whole ring in one process: every rank a thread with its own stage."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from diffusers import UniPCMultistepScheduler
+from torch import Tensor
+
+from videojob_api.plan import Plan
+from videojob_worker import blocks, conditions, topology, wan
+from videojob_worker.link import LocalLink
+from videojob_worker.pipeline import Ring
+from videojob_worker.schedule import Turn
+
+CPU = torch.device("cpu")
+GRID = (6, 8)
+
+
+@dataclass
+class Rendering:
+    """Inputs of a render on the tiny model, and what came of it."""
+
+    model: Path
+    plan: Plan
+    seed: int = 7
+    guidance: float | None = 5.0
+    timeout_s: float = 60.0
+    scheduler: UniPCMultistepScheduler = field(init=False)
+    embeds: list[Tensor] = field(init=False)  # one per scene, then the negative one
+    order: list[Turn] = field(default_factory=list)  # results as they came
+
+    def __post_init__(self) -> None:
+        self.scheduler = UniPCMultistepScheduler.from_pretrained(self.model / "scheduler")
+        self.scheduler.set_timesteps(self.plan.steps)
+        generator = torch.Generator().manual_seed(1)
+        count = max(1, len(self.plan.scene_ends)) + 1
+        self.embeds = [torch.randn((1, 16, 32), generator=generator) for _ in range(count)]
+
+    def latents(self, ranks: int) -> Tensor:
+        """The clean latents, rendered by this many ranks."""
+        shares = topology.shares(8, ranks)
+        stages = [wan.load(self.model / "transformer", share, torch.float32, CPU) for share in shares]
+        shared = conditions.compute(stages[0], self.embeds, self.scheduler.timesteps, self.guidance)
+        clean: dict[int, Tensor] = {}
+
+        def on_result(turn: Turn, latents: Tensor | None) -> None:
+            self.order.append(turn)
+            if latents is not None:
+                clean[turn.block] = latents
+
+        def rank(link: LocalLink) -> None:
+            noises = blocks.noise(self.plan, 16, *GRID, self.seed)
+            queue = blocks.Blocks(self.plan, self.scheduler, noises, CPU) if link.rank == 0 else None
+            Ring(self.plan, GRID, stages[link.rank], shared, link, queue).run(on_result, lambda: None)
+
+        _together(rank, LocalLink.ring(ranks, self.timeout_s))
+        return torch.cat([clean[block] for block in range(self.plan.blocks)], dim=2)
+
+
+def _together(rank, links: Sequence[LocalLink]) -> None:
+    errors: list[BaseException] = []
+
+    def guarded(link: LocalLink) -> None:
+        try:
+            rank(link)
+        except BaseException as error:  # noqa: BLE001 - raised again by the caller
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(link,)) for link in links]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]

@@ -1,0 +1,107 @@
+"""The ring computes the method: equal bit for bit to the oracle and to itself with any number of ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
+
+import oracle
+import ring
+from videojob_api.plan import Plan
+
+PLAN = Plan(frames=90, block_latents=4, context_latents=3, steps=5)  # 6 blocks, the last one with surplus latents
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def serial(rendering, **wrong):
+    plan = rendering.plan
+    model = WanTransformer3DModel.from_pretrained(rendering.model / "transformer").eval()
+    *scenes, negative = rendering.embeds
+    problem = oracle.Problem(
+        blocks=plan.blocks,
+        size=plan.block_latents,
+        context=plan.context_latents,
+        steps=plan.steps,
+        seed=rendering.seed,
+        guidance=1.0 if rendering.guidance is None else rendering.guidance,
+        grid=ring.GRID,
+    )
+    prompts = [scenes[plan.scene(block)] for block in range(plan.blocks)]
+    return oracle.render(model, rendering.scheduler, prompts, negative, problem.wrong(**wrong))
+
+
+@pytest.fixture(scope="module")
+def rendering(tiny_model):
+    return ring.Rendering(tiny_model, PLAN)
+
+
+@pytest.fixture(scope="module")
+def expected(rendering):
+    return serial(rendering)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
+def test_any_number_of_ranks_equals_the_oracle_bit_for_bit(rendering, expected, ranks):
+    assert torch.equal(rendering.latents(ranks), expected)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"left_sweep": 1}, {"right_block": 0}], ids=["left context one sweep late", "right context absent"]
+)
+def test_the_comparison_would_show_a_wrong_order(rendering, expected, wrong):
+    assert (serial(rendering, **wrong) - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        Plan(frames=1, block_latents=4, context_latents=3, steps=3),
+        Plan(frames=60, block_latents=4, context_latents=0, steps=3),
+        Plan(frames=60, block_latents=4, context_latents=4, steps=3),
+        Plan(frames=60, block_latents=1, context_latents=1, steps=2),
+        Plan(frames=40, block_latents=3, context_latents=1, steps=1),
+        Plan(frames=90, block_latents=4, context_latents=3, steps=4, scene_ends=(37, 61, 90)),
+    ],
+    ids=["one block", "no context", "context as long as the block", "one latent a block", "one step", "scenes"],
+)
+def test_the_corners_equal_the_oracle_too(tiny_model, plan):
+    rendering = ring.Rendering(tiny_model, plan)
+    assert torch.equal(rendering.latents(3), serial(rendering))
+
+
+def test_without_guidance_there_is_one_pass(tiny_model):
+    rendering = ring.Rendering(tiny_model, PLAN, guidance=None)
+    latents = rendering.latents(2)
+    assert torch.allclose(latents, serial(rendering), atol=1e-5), "guidance 1 is the conditional prediction"
+    assert {turn.branch for turn in rendering.order} == {0}
+    assert torch.equal(latents, rendering.latents(4))
+
+
+def test_blocks_come_clean_in_order_and_early(tiny_model):
+    rendering = ring.Rendering(tiny_model, Plan(frames=300, block_latents=4, context_latents=3, steps=3))
+    rendering.latents(2)
+    clean = [turn.block for turn in rendering.order if turn.step == 2]
+    assert clean == list(range(rendering.plan.blocks))
+    first = next(index for index, turn in enumerate(rendering.order) if turn.step == 2)
+    assert first < len(rendering.order) / 4, "the first block is playable long before the last is begun"
+
+
+class BrokenScheduler(UniPCMultistepScheduler):
+    def step(self, *_args, **_kwargs):
+        raise ValueError("the scheduler broke")
+
+
+def test_a_stage_that_fails_does_not_leave_the_others_waiting(tiny_model):
+    rendering = ring.Rendering(tiny_model, PLAN, timeout_s=0.5)
+    rendering.scheduler = BrokenScheduler.from_config(rendering.scheduler.config)
+    rendering.scheduler.set_timesteps(PLAN.steps)
+    with pytest.raises(ValueError, match="the scheduler broke"):
+        rendering.latents(3)

@@ -1,0 +1,265 @@
+"""One rank of a render: ``torchrun -m videojob_worker``. Composes all other modules, and alone catches broadly.
+
+The first rank also holds latents, encodes the prompts, decodes, publishes and reports; the others hold layers alone.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import safetensors.torch
+import torch
+import transformers
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+import videojob_api.plan
+from videojob_api import validation
+from videojob_api.progress import PERMANENT, Outcome, Reason, Stage
+from videojob_api.spec import VideoJob
+
+from . import conditions, report, sampler, settings, source, store, topology, wan
+from .blocks import Blocks, noise
+from .conditions import Conditions
+from .decoder import StreamingDecoder
+from .errors import InvalidSpecError, ModelInvalidError, RenderError, TerminatedError
+from .link import Link, TorchLink
+from .pipeline import Ring
+from .publisher import Publisher
+from .schedule import Turn
+from .settings import Settings
+
+log = logging.getLogger("videojob_worker")
+
+
+@dataclass(frozen=True)
+class Model:
+    """What every rank knows of the model before it loads its share."""
+
+    folder: Path
+    layers: int
+    channels: int
+    width: int  # D, the inner dimension
+    grid: tuple[int, int]  # latent rows and columns
+
+
+def main() -> None:
+    """Render, and leave last words whatever happens."""
+    config = settings.read()
+    logging.basicConfig(
+        level=logging.INFO, format=f"%(asctime)s rank {config.rank} %(levelname)s %(message)s", stream=sys.stderr
+    )
+    _quiet_libraries()
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        message = render(config)
+    except RenderError as error:
+        log.error("%s: %s", error.reason, error)
+        _leave(config, Outcome.FAILED, error.reason, str(error))
+        sys.exit(1)
+    except torch.OutOfMemoryError as error:
+        log.exception("out of memory")
+        remedy = "use more GPUs, fewer dualParallel latents or a smaller video"
+        _leave(
+            config, Outcome.FAILED, Reason.OUT_OF_MEMORY, f"rank {config.rank} is out of GPU memory: {remedy}: {error}"
+        )
+        sys.exit(1)
+    except Exception as error:
+        log.exception("unforeseen error")
+        _leave(config, Outcome.FAILED, Reason.CRASHED, f"rank {config.rank}: {type(error).__name__}: {error}")
+        sys.exit(1)
+    if config.rank == 0:
+        _leave(config, Outcome.SUCCEEDED, Reason.COMPLETED, message)
+
+
+def render(config: Settings) -> str:
+    """This rank's part of the render; where the video is."""
+    videojob = _videojob(config.spec)
+    plan = videojob_api.plan.plan(videojob.spec)
+    reporter = report.Reporter(plan, videojob.spec.video.fps, config.attempt, time.time)
+    with ExitStack() as stack:
+        if config.rank == 0:
+            stack.enter_context(report.serving(reporter, config.port))
+        device = _device(config)
+        target = _target(config, videojob) if config.rank == 0 else None
+        model = _model(source.fetch(videojob.spec.model.source, config.scratch), videojob)
+        layers = topology.shares(model.layers, config.world_size)[config.rank]
+        stage = wan.load(model.folder / "transformer", layers, getattr(torch, config.dtype), device)
+        log.info("holds layers %d to %d of %d on %s", layers.start, layers.stop - 1, model.layers, device)
+        link = TorchLink(device, timedelta(seconds=config.peer_timeout_s))
+        stack.callback(link.close)
+        scheduler = sampler.load(model.folder, videojob.spec.sampling, device)
+        shared = _conditions(videojob, model, stage, link, scheduler.timesteps, config, device)
+        if target is None:
+            Ring(plan, model.grid, stage, shared, link, None).run(_nothing, _nothing)
+            return ""
+        noises = noise(plan, model.channels, *model.grid, videojob.spec.sampling.seed)
+        ring = Ring(plan, model.grid, stage, shared, link, Blocks(plan, scheduler, noises, device))
+        return _lead(config, videojob, ring, reporter, target, model, device)
+
+
+def _lead(
+    config: Settings,
+    videojob: VideoJob,
+    ring: Ring,
+    reporter: report.Reporter,
+    target: store.Store,
+    model: Model,
+    device: torch.device,
+) -> str:
+    """The first rank's part: render, publish every clean block at once, finish."""
+    plan = videojob_api.plan.plan(videojob.spec)
+    vae = load_vae(model.folder, device)
+    dump: list[Tensor] = []
+    publisher = Publisher(
+        videojob,
+        attempt=config.attempt,
+        decoder=StreamingDecoder(vae),
+        store=target,
+        scratch=config.scratch,
+        on_segment=lambda segment: reporter.segment_ready(segment.frames),
+    )
+
+    def on_result(turn: Turn, clean: Tensor | None) -> None:
+        reporter.turn_done(block_done=clean is not None)
+        if clean is not None:
+            wanted = clean[:, :, : plan.wanted_latents(turn.block)]
+            publisher.submit(turn.block, wanted)
+            if config.dump_latents is not None:
+                dump.append(wanted.cpu())
+            log.info("block %d of %d is clean", turn.block + 1, plan.blocks)
+
+    with publisher:
+        reporter.stage(Stage.RENDERING)
+        ring.run(on_result, _nothing)
+        reporter.stage(Stage.FINISHING)
+        if config.dump_latents is not None:
+            latents = torch.cat(dump, dim=2).contiguous()
+            safetensors.torch.save_file({"latents": latents}, config.dump_latents)
+        publisher.finish()
+    reporter.stage(Stage.SUCCEEDED)
+    return target.url("")
+
+
+def load_vae(folder: Path, device: torch.device) -> AutoencoderKLWan:
+    """The VAE in float32, as its authors recommend.
+
+    Raises:
+        ModelInvalidError: it is missing or broken.
+    """
+    try:
+        vae = AutoencoderKLWan.from_pretrained(
+            folder, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelInvalidError(f"the VAE in {folder} cannot be loaded: {error}") from error
+    return vae.to(device).eval().requires_grad_(False)
+
+
+def _videojob(path: Path) -> VideoJob:
+    try:
+        return validation.read(json.loads(path.read_text()))
+    except OSError as error:
+        raise InvalidSpecError(f"the VideoJob document {path} cannot be read: {error}") from error
+    except (validation.InvalidVideoJobError, ValueError) as error:
+        raise InvalidSpecError(f"the VideoJob document {path} is invalid: {error}") from error
+
+
+def _device(config: Settings) -> torch.device:
+    if config.device == "cpu":
+        return torch.device("cpu")
+    if config.local_rank >= torch.cuda.device_count():
+        raise InvalidSpecError(
+            f"rank {config.rank} wants GPU {config.local_rank}, but {torch.cuda.device_count()} are visible: "
+            "set spec.gpusPerNode to 0 for CPU ranks, or ask for as many GPUs as there are"
+        )
+    torch.cuda.set_device(config.local_rank)
+    return torch.device("cuda", config.local_rank)
+
+
+def _target(config: Settings, videojob: VideoJob) -> store.Store:
+    if config.output_dir is not None:
+        return store.FolderStore(config.output_dir)
+    return store.S3Store(videojob.spec.output.s3)
+
+
+def _model(folder: Path, videojob: VideoJob) -> Model:
+    transformer, vae = wan.read_config(folder / "transformer"), wan.read_config(folder / "vae")
+    scale = int(vae.get("scale_factor_spatial", 8))
+    multiple = scale * int(transformer["patch_size"][1])
+    video = videojob.spec.video
+    for field, pixels in (("width", video.width), ("height", video.height)):
+        if pixels % multiple:
+            raise InvalidSpecError(f"spec.video.{field} must be a multiple of {multiple} with this model, not {pixels}")
+    return Model(
+        folder=folder,
+        layers=int(transformer["num_layers"]),
+        channels=int(transformer["in_channels"]),
+        width=int(transformer["num_attention_heads"]) * int(transformer["attention_head_dim"]),
+        grid=(video.height // scale, video.width // scale),
+    )
+
+
+def _conditions(
+    videojob: VideoJob,
+    model: Model,
+    stage: wan.WanStage,
+    link: Link,
+    timesteps: Tensor,
+    config: Settings,
+    device: torch.device,
+) -> Conditions:
+    spec, dtype = videojob.spec, getattr(torch, config.dtype)
+    guidance = spec.sampling.guidance_scale if spec.sampling.guidance_scale > 1 else None
+    computed = None
+    if stage.is_first:
+        prompts = [*(scene.prompt for scene in spec.all_scenes), spec.negative_prompt]
+        embeds = conditions.encode(model.folder, prompts, dtype, device)
+        computed = conditions.compute(stage, embeds, timesteps, guidance)
+    return conditions.share(
+        link,
+        computed,
+        scenes=len(spec.all_scenes),
+        steps=spec.sampling.steps,
+        width=model.width,
+        guidance_scale=guidance,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def _leave(config: Settings, outcome: Outcome, reason: Reason, message: str) -> None:
+    retryable = outcome is Outcome.FAILED and reason not in PERMANENT
+    report.leave(
+        report.last_words(outcome, reason, message, retryable=retryable, attempt=config.attempt), config.last_words
+    )
+
+
+def _terminate(_signum: int, _frame: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise TerminatedError("the worker was asked to stop (SIGTERM)")
+
+
+def _nothing(*_: object) -> None:
+    """A callback that does nothing."""
+
+
+def _quiet_libraries() -> None:
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+if __name__ == "__main__":
+    main()

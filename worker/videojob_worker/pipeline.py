@@ -1,0 +1,147 @@
+"""Carries out the schedule on one rank: receive, compute, send, tick by tick.
+
+Composes ``schedule`` (what), ``wan`` (the layers), ``blocks`` (latents, first rank only) and ``link`` (the ring).
+Knows nothing of files, storage or Kubernetes.
+
+Shapes: B block latents, K context latents, F = B + K latents of every input, D inner dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from videojob_api.plan import Plan
+
+from . import schedule
+from .blocks import Blocks
+from .conditions import Conditions
+from .link import Link
+from .schedule import Tick, Turn
+from .wan import Surroundings, WanStage
+
+
+class Ring:
+    """One rank's place in the ring.
+
+    Args:
+        plan: how the video is cut.
+        grid: latent rows and columns (h, w).
+        stage: this rank's layers.
+        conditions: contexts and time embeddings.
+        link: to the neighbours.
+        blocks: the queue of latents; on the first rank only.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        grid: tuple[int, int],
+        stage: WanStage,
+        conditions: Conditions,
+        link: Link,
+        blocks: Blocks | None,
+    ) -> None:
+        self._plan = plan
+        self._stage = stage
+        self._conditions = conditions
+        self._link = link
+        self._blocks = blocks
+        self._device = conditions.contexts.device
+        self._grid = (plan.block_latents + plan.context_latents, *grid)
+        self._tokens = stage.tokens(self._grid)
+        self._rotary, self._next_rotary = stage.rotaries(self._grid, plan.context_latents)
+        self._conditional: Tensor | None = None  # the last stage's prediction that waits for its counterpart
+
+    @torch.inference_mode()
+    def run(self, on_result: Callable[[Turn, Tensor | None], None], on_tick: Callable[[], None]) -> None:
+        """Render all blocks.
+
+        Args:
+            on_result: called on the first rank for every finished (block, step), with the block's clean latents
+                (1, C, own latents, h, w) after its last step.
+            on_tick: called on every rank before every tick; may raise to stop.
+
+        Raises:
+            PeerLostError: a neighbour vanished or did not answer in time.
+        """
+        plan, size = self._plan, self._link.size
+        inbox: Tensor | None = None
+        for tick in schedule.ticks(plan.blocks, plan.steps, self._conditions.branches, size):
+            on_tick()
+            turn = tick[self._link.rank]
+            outbox = None if turn is None else self._compute(turn, inbox)
+            inbox = self._exchange(tick, outbox)
+            returned = tick[-1]
+            if self._blocks is not None and returned is not None and returned.completes:
+                assert inbox is not None  # noqa: S101 - the schedule brings it
+                on_result(returned, self._blocks.apply(returned.block, returned.step, inbox))
+
+    def _compute(self, turn: Turn, inbox: Tensor | None) -> Tensor | None:
+        """A turn through this stage: its hidden states, or on the last stage its prediction once it is complete."""
+        conditions, stage = self._conditions, self._stage
+        hidden: Tensor | None = inbox
+        if stage.is_first:
+            assert self._blocks is not None  # noqa: S101 - the first rank holds the latents
+            hidden = stage.embed(self._blocks.input(turn.block, turn.step))
+        assert hidden is not None  # noqa: S101 - the schedule brings it
+        context = conditions.context(self._plan.scene(turn.block), turn.branch)
+        step = slice(turn.step, turn.step + 1)
+        through: Tensor = stage(hidden, context, conditions.projections[step], self._surroundings(turn))
+        if not stage.is_last:
+            return through
+        prediction = stage.predict(through, conditions.embeddings[step], self._grid)
+        return self._guide(turn, prediction[:, :, self._left(turn.block) :].contiguous())
+
+    def _surroundings(self, turn: Turn) -> Surroundings:
+        start = self._left(turn.block) * self._tokens
+        length = self._plan.context_latents * self._tokens
+        borrows = length > 0
+        return Surroundings(
+            rotary=self._rotary,
+            next_rotary=self._next_rotary,
+            branch=turn.branch,
+            uses_next=turn.uses_next and borrows,
+            kept=slice(start, start + length) if turn.feeds_previous and borrows else None,
+        )
+
+    def _left(self, block: int) -> int:
+        """Latents of left context in the block's input."""
+        return 0 if block == 0 else self._plan.context_latents
+
+    def _guide(self, turn: Turn, prediction: Tensor) -> Tensor | None:
+        """Classifier-free guidance: keeps the conditional prediction until the unconditional one is there."""
+        scale = self._conditions.guidance_scale
+        if scale is None:
+            return prediction
+        if not turn.completes:
+            self._conditional = prediction
+            return None
+        conditional, self._conditional = self._conditional, None
+        assert conditional is not None  # noqa: S101 - the schedule puts it one turn ahead
+        return prediction + scale * (conditional - prediction)
+
+    def _exchange(self, tick: Tick, outbox: Tensor | None) -> Tensor | None:
+        """Pass on what was computed at this tick; what the previous stage computed, where it computed anything."""
+        if self._link.size == 1:
+            return outbox
+        before = (self._link.rank - 1) % self._link.size
+        coming = tick[before]
+        inbox = None
+        if coming is not None and (before < self._link.size - 1 or coming.completes):
+            inbox = self._buffer(coming, prediction=before == self._link.size - 1)
+        self._link.exchange(outbox, inbox)
+        return inbox
+
+    def _buffer(self, turn: Turn, *, prediction: bool) -> Tensor:
+        if prediction:
+            shape: tuple[int, ...] = (1, self._channels, self._plan.own_latents(turn.block), *self._grid[1:])
+            return torch.empty(shape, dtype=torch.float32, device=self._device)
+        shape = (1, self._grid[0] * self._tokens, self._stage.inner_dim)
+        return torch.empty(shape, dtype=self._conditions.contexts.dtype, device=self._device)
+
+    @property
+    def _channels(self) -> int:
+        return int(self._stage.config.out_channels or self._stage.config.in_channels)
