@@ -139,7 +139,7 @@ def _kubernetes(node: dict[str, Any]) -> dict[str, Any]:
     if node.get("type") == "integer":
         node["format"] = "int64"
     if node.get("type") == "object" and isinstance(node.get("default"), dict):
-        node["default"] = {}  # the members' own defaults fill it
+        node["default"] = {key: value for key, value in node["default"].items() if value is not None}
     if "description" in node:
         node["description"] = " ".join(node["description"].split())
     return node
