@@ -1,8 +1,8 @@
-"""Builds Kubernetes, etcd, containerd, runc, CoreDNS and versitygw from their Go modules into a cache outside the tree.
+"""Builds Kubernetes, etcd, containerd, runc, CoreDNS and versitygw from Go modules into a cache outside the tree.
 
-Each folder under ``tools/`` is a Go module whose ``tool`` directives name the commands and whose ``go.sum`` pins every byte.
-A finished build is a folder named by the digest of those files, so a changed version builds anew and an unchanged one costs nothing.
-Knows nothing of how the binaries are run.
+Each folder under ``tools/`` is a Go module whose ``tool`` directives name the commands and whose ``go.sum`` pins every
+byte. A finished build is a folder named by the digest of those files, so a changed version builds anew and an unchanged
+one costs nothing. Knows nothing of how the binaries are run.
 """
 
 from __future__ import annotations
@@ -138,6 +138,16 @@ def missing() -> Iterator[Component]:
     return (component for component in COMPONENTS if not folder_of(component).exists())
 
 
-if __name__ == "__main__":
+def main(wanted: list[str]) -> None:
+    """Print the path of each wanted program, or the name and path of every one."""
+    if wanted:
+        for component in COMPONENTS:
+            if component.name in wanted:
+                print(build(component) / component.name)
+        return
     for name, path in binaries().items():
         print(f"{name:28} {path}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
