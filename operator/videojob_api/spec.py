@@ -114,6 +114,16 @@ class S3Location(Model):
     credentials_secret: ObjectName | None = None
     """A Secret of this namespace with AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if need be, AWS_SESSION_TOKEN."""
 
+    def key(self, name: str) -> str:
+        """The key of an object that is named relative to the prefix."""
+        return f"{self.prefix}/{name}" if self.prefix else name
+
+    def url(self, name: str) -> str:
+        """Where an object, named relative to the prefix, can be fetched by those who may."""
+        if self.endpoint is None:
+            return f"https://{self.bucket}.s3.{self.region}.amazonaws.com/{self.key(name)}"
+        return f"{self.endpoint.rstrip('/')}/{self.bucket}/{self.key(name)}"
+
 
 class S3Output(S3Location):
     """Where the video goes."""

@@ -1,0 +1,35 @@
+"""``python -m videojob_operator``: reads the settings and runs kopf."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import kopf
+
+from . import handlers, settings
+
+
+def main() -> None:
+    """Run until asked to stop."""
+    try:
+        config = settings.read()
+    except settings.SettingsError as error:
+        sys.exit(f"videojob-operator: {error}")
+    kopf.configure(log_format=kopf.LogFormat.PLAIN)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line a poll otherwise
+    registry = kopf.OperatorRegistry()
+    handlers.register(registry, config)
+    memo = kopf.Memo(settings=config)
+    kopf.run(
+        registry=registry,
+        memo=memo,
+        standalone=True,
+        clusterwide=not config.namespaces,
+        namespaces=config.namespaces,
+        liveness_endpoint=f"http://0.0.0.0:{config.port}/healthz",
+    )
+
+
+if __name__ == "__main__":
+    main()

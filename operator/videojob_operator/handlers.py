@@ -1,0 +1,44 @@
+"""kopf's side: what is watched, and whom it wakes. Thin on purpose.
+
+Only ``on.event`` handlers: they keep no state on the watched objects, so users find neither annotations nor finalizers
+there. ``keeper`` and ``reconcile`` do the rest.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import kopf
+
+from videojob_api import names
+
+from .cluster import KubernetesCluster
+from .keeper import Keeper
+from .reconcile import Reconciler
+from .settings import Settings
+
+
+def register(registry: kopf.OperatorRegistry, settings: Settings) -> None:
+    """Put all handlers into a registry."""
+    ours = {names.LABEL_MANAGED_BY: names.MANAGED_BY, names.LABEL_VIDEOJOB: kopf.PRESENT}
+
+    @kopf.on.startup(registry=registry)
+    async def start(settings: kopf.OperatorSettings, memo: kopf.Memo, **_: Any) -> None:
+        settings.posting.enabled = False  # events are reconcile's
+        settings.scanning.disabled = True  # the resources are known
+        settings.watching.server_timeout = 270
+        settings.watching.client_timeout = 300
+        memo.keeper = Keeper(Reconciler(KubernetesCluster(memo.settings), memo.settings))
+
+    @kopf.on.cleanup(registry=registry)
+    async def stop(memo: kopf.Memo, **_: Any) -> None:
+        await memo.keeper.close()
+
+    @kopf.on.event(names.GROUP, names.VERSION, names.PLURAL, registry=registry)
+    async def videojob_changed(namespace: str | None, name: str | None, memo: kopf.Memo, **_: Any) -> None:
+        memo.keeper.wake((namespace, name))
+
+    @kopf.on.event("batch", "v1", "jobs", labels=ours, registry=registry)
+    @kopf.on.event("", "v1", "pods", labels=ours, registry=registry)
+    async def part_changed(namespace: str | None, labels: kopf.Labels, memo: kopf.Memo, **_: Any) -> None:
+        memo.keeper.wake((namespace, labels[names.LABEL_VIDEOJOB]))

@@ -1,0 +1,94 @@
+"""The operator's settings, read from the environment once, in ``__main__``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+PREFIX = "VIDEOJOB_"
+
+
+class SettingsError(ValueError):
+    """A variable of the environment makes no sense; the message names it."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One operator's settings; each is the variable ``VIDEOJOB_<NAME>``."""
+
+    worker_image: str = "videojob-operator:0.1.0"
+    """Image of worker pods."""
+    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
+    """Of worker pods."""
+    namespaces: tuple[str, ...] = ()
+    """Namespaces to watch, separated by commas; all where empty."""
+    poll_seconds: float = 5.0
+    """Between two looks at a worker's progress."""
+    poll_through: Literal["pod", "proxy"] = "pod"
+    """Ask the pod's address, or through the API server where the operator runs outside the cluster."""
+    max_attempts: int = 3
+    """Attempts that may fail by the worker's own fault; lost nodes and evictions do not count."""
+    backoff_seconds: float = 10.0
+    """Before the second attempt; doubles with each, up to five minutes."""
+    gpu_resource: str = "nvidia.com/gpu"
+    """The extended resource of a GPU."""
+    cpu_per_rank: str = "1"
+    """CPU request of each rank where the spec is silent."""
+    memory: str = "4Gi"
+    """Memory of a pod without GPUs where the spec is silent."""
+    memory_per_gpu: str = "32Gi"
+    """Memory of a pod for each of its GPUs where the spec is silent."""
+    shared_memory: str = "1Gi"
+    """Size of /dev/shm where the spec is silent."""
+    port: int = 8080
+    """Of the operator's own /healthz."""
+
+
+def read(environ: Mapping[str, str] = os.environ) -> Settings:
+    """The settings of this process.
+
+    Raises:
+        SettingsError: a variable makes no sense.
+    """
+    default = Settings()
+    return Settings(
+        worker_image=_text(environ, "WORKER_IMAGE", default.worker_image),
+        image_pull_policy=_choice(  # type: ignore[arg-type]
+            environ, "IMAGE_PULL_POLICY", default.image_pull_policy, ("Always", "IfNotPresent", "Never")
+        ),
+        namespaces=tuple(filter(None, _text(environ, "NAMESPACES", "").replace(" ", "").split(","))),
+        poll_seconds=_number(environ, "POLL_SECONDS", default.poll_seconds),
+        poll_through=_choice(environ, "POLL_THROUGH", default.poll_through, ("pod", "proxy")),  # type: ignore[arg-type]
+        max_attempts=int(_number(environ, "MAX_ATTEMPTS", default.max_attempts)),
+        backoff_seconds=_number(environ, "BACKOFF_SECONDS", default.backoff_seconds),
+        gpu_resource=_text(environ, "GPU_RESOURCE", default.gpu_resource),
+        cpu_per_rank=_text(environ, "CPU_PER_RANK", default.cpu_per_rank),
+        memory=_text(environ, "MEMORY", default.memory),
+        memory_per_gpu=_text(environ, "MEMORY_PER_GPU", default.memory_per_gpu),
+        shared_memory=_text(environ, "SHARED_MEMORY", default.shared_memory),
+        port=int(_number(environ, "OPERATOR_PORT", default.port)),
+    )
+
+
+def _text(environ: Mapping[str, str], name: str, default: str) -> str:
+    return environ.get(PREFIX + name) or default
+
+
+def _choice(environ: Mapping[str, str], name: str, default: str, choices: tuple[str, ...]) -> str:
+    value = _text(environ, name, default)
+    if value not in choices:
+        raise SettingsError(f"{PREFIX}{name} must be one of {', '.join(choices)}, not {value!r}")
+    return value
+
+
+def _number(environ: Mapping[str, str], name: str, default: float) -> float:
+    text = _text(environ, name, str(default))
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 1e6:
+        raise SettingsError(f"{PREFIX}{name} must be a number above 0, not {text!r}")
+    return value
