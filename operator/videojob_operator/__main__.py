@@ -19,7 +19,7 @@ def main() -> None:
     kopf.configure(log_format=kopf.LogFormat.PLAIN)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line a poll otherwise
     registry = kopf.OperatorRegistry()
-    handlers.register(registry, config)
+    handlers.register(registry)
     memo = kopf.Memo(settings=config)
     kopf.run(
         registry=registry,

@@ -150,8 +150,8 @@ class KubernetesCluster:
         """See ``Cluster``."""
         selector = f"type=Warning,involvedObject.kind={kind},involvedObject.name={name}"
         answer = self._call("GET", f"/api/v1/namespaces/{namespace}/events", query=[("fieldSelector", selector)])
-        newest = max(answer["items"], key=lambda event: event["metadata"]["creationTimestamp"], default={})
-        return str(newest.get("message", ""))
+        newest = sorted(answer["items"], key=lambda event: event["metadata"]["creationTimestamp"])[-1:]
+        return "".join(str(event.get("message", "")) for event in newest)
 
     def progress(self, pod: Object) -> Progress | None:
         """See ``Cluster``."""

@@ -15,17 +15,15 @@ from videojob_api import names
 from .cluster import KubernetesCluster
 from .keeper import Keeper
 from .reconcile import Reconciler
-from .settings import Settings
 
 
-def register(registry: kopf.OperatorRegistry, settings: Settings) -> None:
-    """Put all handlers into a registry."""
-    ours = {names.LABEL_MANAGED_BY: names.MANAGED_BY, names.LABEL_VIDEOJOB: kopf.PRESENT}
+def register(registry: kopf.OperatorRegistry) -> None:
+    """Put all handlers into a registry; they expect the ``Settings`` in ``memo.settings``."""
+    ours: dict[str, Any] = {names.LABEL_MANAGED_BY: names.MANAGED_BY, names.LABEL_VIDEOJOB: kopf.PRESENT}
 
     @kopf.on.startup(registry=registry)
     async def start(settings: kopf.OperatorSettings, memo: kopf.Memo, **_: Any) -> None:
         settings.posting.enabled = False  # events are reconcile's
-        settings.scanning.disabled = True  # the resources are known
         settings.watching.server_timeout = 270
         settings.watching.client_timeout = 300
         memo.keeper = Keeper(Reconciler(KubernetesCluster(memo.settings), memo.settings))

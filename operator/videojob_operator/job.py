@@ -1,7 +1,7 @@
 """A VideoJob's attempt as Kubernetes objects: ConfigMap, Job and, for several nodes, a headless Service. Pure.
 
-``reconcile`` has ``cluster`` create them. The prompt travels inside the ConfigMap alone: never in an argument, a variable
-or a shell.
+``reconcile`` has ``cluster`` create them. The prompt travels inside the ConfigMap alone: never in an argument, a
+variable or a shell.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ class Keeper:
             try:
                 delay = await asyncio.get_running_loop().run_in_executor(self._pool, self._look, *key)
                 failures = 0
-            except Exception:  # noqa: BLE001 - a handler's shell: the key must stay looked after
+            except Exception:  # a handler's shell: the key must stay looked after
                 failures += 1
                 delay = min(LONGEST_DELAY_SECONDS, self._first_delay * 2.0 ** (failures - 1))
                 log.exception("%s/%s: the look failed, the next in %.0f s", *key, delay)

@@ -1,7 +1,8 @@
 """One look at one VideoJob: observe what exists, decide, act, report. Level-triggered: remembers nothing.
 
-``keeper`` calls it; ``job``, ``failure`` and ``status`` decide; ``cluster`` acts. Whatever happens between two lines here
-(a crash of the operator, say), the next look goes on from what exists: names are deterministic, so nothing is made twice.
+``keeper`` calls it; ``job``, ``failure`` and ``status`` decide; ``cluster`` acts. Whatever happens between two lines
+here (a crash of the operator, say), the next look goes on from what exists: names are deterministic, so nothing is made
+twice.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ def status(raw: Object, videojob: VideoJob, observed: Observed, now: datetime) -
     ended = words.phase in (Phase.SUCCEEDED, Phase.FAILED)
     new = _assemble(raw, words, now, completion=now if ended else None)
     new["attempt"] = observed.attempt
-    started = min((_started(pod) for pod in observed.pods if _started(pod)), default=None)
+    started = min(filter(None, map(_started, observed.pods)), default=None)
     previous = raw.get("status") or {}
     if start := previous.get("startTime") or started:
         new["startTime"] = start

@@ -1,25 +1,35 @@
-"""Decodes, encodes and stores finished blocks in the background while the next ones are rendered.
+"""Brings finished blocks to storage in the background of the first rank while the next ones are denoised.
 
-The render loop submits clean latents; ``decoder``, ``segments`` and ``store`` do the work in one thread, in order:
-segment, then playlist, and at the end the whole video, the closed playlist and the manifest. So a reader never sees a
-playlist that names a missing segment. Knows nothing of ranks.
+``__main__`` submits each block's clean latents; a thread sends them through ``decoder``, ``segments`` and a claimed
+``store.Output``. Knows nothing of the ring, of the model or of S3.
+
+**Order of writes.** A block's segment, then ``init.mp4`` (with block 0), then the playlist that names it; at the end
+``video.mp4``, the closed playlist, ``manifest.json``. Whatever fails or dies between any two of them, the playlist
+names only what is there, and a manifest means that all is.
+
+**A newer attempt** renders anew and finds the segments of the older one. While its own come out identical, as they do
+from the same spec, model and kind of machine, the playlist goes on naming all of the older ones, so viewers lose
+nothing. With the first one that differs, the older playlist and manifest are void: the manifest is removed and the
+playlist cut back to this attempt's own segments before anything is replaced, so no list ever mixes two attempts.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import json
-import queue
+import logging
+import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
 from torch import Tensor
 
 import videojob_api.plan
@@ -27,36 +37,41 @@ from videojob_api import names
 from videojob_api.spec import VideoJob
 
 from . import segments
-from .errors import OutputConflictError
-from .segments import Entry, Segment
-from .store import Changed, Store, put_once
+from .errors import RenderError
+from .segments import H264, Frames, Segment
+from .store import Output, Store, sha256_of
 
-OWNER = ".videojob.json"  # whose output this prefix is
-PENDING = 2  # blocks that may wait to be decoded before rendering does
+log = logging.getLogger(__name__)
+
+PACKAGES = ("videojob-operator", "torch", "diffusers", "transformers", "av")  # their versions shape the video
 
 
 class Decoder(Protocol):
-    """See ``decoder.StreamingDecoder``."""
+    """What ``decoder.StreamingDecoder`` does."""
 
-    def decode(self, latents: Tensor) -> Iterator[Tensor]:
-        """The next latents as uint8 frames."""
+    def frames(self, latents: Tensor) -> Iterator[Tensor]:
+        """The frames of the next latents, uint8 (f, H, W, 3) on the CPU, one item a latent."""
         ...
 
     def close(self) -> None:
-        """Free what it holds."""
+        """Free its state."""
         ...
 
 
 class Publisher:
-    """A context manager: entering claims the prefix and starts the thread, leaving ends it.
+    """Publishes one video; a context manager. Entered, it claims the prefix; left early, it stops at once.
 
     Args:
         videojob: what is rendered.
-        attempt: its number; a newer attempt takes over what an older one of the same render wrote.
-        decoder: a stream that begins with the video.
-        store: where everything goes.
-        scratch: for the growing video.
-        on_segment: called in the thread when a segment can be played.
+        attempt: its number, from 1.
+        decoder: at the video's begin; closed in the end.
+        store: for the output prefix.
+        scratch: a folder with room for twice the finished video.
+        on_segment: called, in the publisher's thread, for each segment that the playlist names.
+        codec: how to compress.
+        waiting: clean blocks that may wait for the one in work; then ``submit`` blocks.
+        grace_s: how long to wait, when left early, for the call that is under way.
+        clock: seconds since the epoch.
     """
 
     def __init__(
@@ -67,197 +82,325 @@ class Publisher:
         decoder: Decoder,
         store: Store,
         scratch: Path,
-        on_segment: Callable[[Entry], None] = lambda entry: None,
+        on_segment: Callable[[Segment], None],
+        codec: H264 = segments.DEFAULT,
+        waiting: int = 2,
+        grace_s: float = 10.0,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._videojob = videojob
         self._plan = videojob_api.plan.plan(videojob.spec)
         self._attempt = attempt
         self._decoder = decoder
         self._store = store
-        self._growing = scratch / "growing.mp4"
+        self._scratch = scratch
         self._on_segment = on_segment
-        self._entries: list[Entry] = []
-        self._init = b""
-        self._playlist_version: str | None = None
-        self._waiting: queue.Queue[tuple[int, Tensor] | None] = queue.Queue(maxsize=PENDING)
-        self._failure: BaseException | None = None
-        self._stopping = threading.Event()
+        self._codec = codec
+        self._capacity = waiting
+        self._grace_s = grace_s
+        self._clock = clock
+        self._began = clock()
+        self._seconds = {"decode": 0.0, "encode": 0.0, "store": 0.0}
         self._thread = threading.Thread(target=self._work, name="publisher", daemon=True)
-        self._began = time.time()
+        # Shared with the thread, under the lock:
+        self._changed = threading.Condition()
+        self._waiting: deque[tuple[int, Tensor]] = deque()
+        self._submitted = 0
+        self._complete = self._stopping = False
+        self._failure: BaseException | None = None
+        # The thread's own until it has ended:
+        self._init = b""
+        self._entries: list[dict[str, Any]] = []
+        self._inherited = (0, False)  # segments that an older attempt's playlist names, and whether it has ended
+        self._playlist = ""
 
     def __enter__(self) -> Self:
-        """Claim the prefix.
+        """Claim the prefix and start.
 
         Raises:
-            OutputConflictError: another render's output is there, or a newer attempt has it.
+            OutputConflictError: another job, or a newer attempt of this one, writes there.
+            StorageError: storage cannot be used.
         """
-        self._growing.parent.mkdir(parents=True, exist_ok=True)
-        self._growing.write_bytes(b"")
-        self._claim()
+        self._output = Output.take(self._store, self._videojob, self._attempt)
+        self._inherit()
+        self._scratch.mkdir(parents=True, exist_ok=True)
+        self._folder = tempfile.TemporaryDirectory(prefix="publisher-", dir=self._scratch)
+        self._growing = Path(self._folder.name, "growing.mp4").open("wb")
         self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._stopping.set()
-        self._offer(None)
-        self._thread.join()
-        self._decoder.close()
-        self._growing.unlink(missing_ok=True)
+        self.close()
 
     def submit(self, block: int, latents: Tensor) -> None:
-        """Hand over a block's wanted latents, (1, C, n, h, w), in order; waits while too many are pending.
+        """Hand over a clean block; waits while too many are waiting.
+
+        Args:
+            block: in order, from 0.
+            latents: its wanted latents (1, C, plan.wanted_latents(block), h, w) on any device. Copied to the CPU here,
+                so that the caller's stream has finished them and the GPU need not keep them.
 
         Raises:
-            RenderError: publishing an earlier block failed.
+            RenderError: publishing an earlier block failed, or the latents are not finite.
+            ValueError: the block is out of order or not of its length.
         """
-        if not self._offer((block, latents)):
-            self._raise()
+        if block != self._submitted or latents.shape[2] != self._plan.wanted_latents(block):
+            raise ValueError(f"block {block} of {latents.shape[2]} latents comes where block {self._submitted} is due")
+        copy = latents.detach().to("cpu", torch.float32, copy=True)
+        if not torch.isfinite(copy).all():
+            raise RenderError(f"block {block} is not finite (NaN or infinite): set VIDEOJOB_DTYPE to a wider type")
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._waiting) < self._capacity or self._ended)
+            self._raise_failure()
+            self._waiting.append((block, copy))
+            self._submitted += 1
+            self._changed.notify_all()
 
     def finish(self) -> None:
-        """Wait for all blocks, then write the whole video, end the playlist and write the manifest.
+        """After the last block: wait for its segment, write the whole video, close the playlist, write the manifest.
 
         Raises:
-            RenderError: publishing failed.
+            RenderError: anything could not be published.
+            ValueError: blocks are missing.
         """
-        self._offer(None)
+        if self._submitted != self._plan.blocks:
+            raise ValueError(f"{self._submitted} of {self._plan.blocks} blocks were submitted")
+        with self._changed:
+            self._complete = True
+            self._changed.notify_all()
         self._thread.join()
-        self._raise()
-        video = self._growing.with_name(names.VIDEO)
-        frames = segments.remux(self._growing, video)
-        if frames != self._plan.frames:
-            raise segments.EncodingError(f"the video has {frames} frames where {self._plan.frames} were asked for")
-        self._store.upload(names.VIDEO, video)
-        self._write_playlist(ended=True)
-        self._write(names.MANIFEST, json.dumps(self._manifest(video), indent=2).encode())
-        video.unlink()
+        self._raise_failure()
+        video = Path(self._folder.name, names.VIDEO)
+        self._join(video)
+        digest = sha256_of(video)
+        with self._timed("store"):
+            self._output.upload(names.VIDEO, video, digest, _say_how_far)
+            self._list_segments(ended=True)
+        manifest = json.dumps(self._manifest(video, digest), indent=1, ensure_ascii=False) + "\n"
+        self._output.write(names.MANIFEST, manifest.encode())
 
-    def _offer(self, item: tuple[int, Tensor] | None) -> bool:
-        """Put into the queue unless the thread has ended."""
-        while self._thread.is_alive():
-            try:
-                self._waiting.put(item, timeout=0.2)
-            except queue.Full:
-                continue
-            return True
-        return False
+    def close(self) -> None:
+        """Stop, wherever it is: nothing is written any more but what is under way. May be called again."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        if self._thread.is_alive():
+            self._output.abort()
+            self._thread.join(self._grace_s)
+        if self._thread.is_alive():
+            log.warning("the publisher's last call is not back after %.0f s; going without it", self._grace_s)
+            return
+        self._decoder.close()
+        self._growing.close()
+        self._folder.cleanup()
 
-    def _raise(self) -> None:
+    # In the caller's thread
+
+    @property
+    def _ended(self) -> bool:
+        return self._stopping or self._failure is not None
+
+    def _raise_failure(self) -> None:
         if self._failure is not None:
             raise self._failure
+        if self._stopping:
+            raise RenderError("the publisher is closed")
+
+    def _inherit(self) -> None:
+        """Take over what an older attempt listed, in this attempt's name, so that the older one can list no more."""
+        if not self._output.inherited:
+            return
+        found = self._output.read(names.PLAYLIST)
+        if found is None:
+            return
+        count, ended = segments.listed(found.body.decode(errors="replace"))
+        self._inherited = (min(count, self._plan.blocks), ended)
+        log.info("an older attempt left %d of %d segments", count, self._plan.blocks)
+        self._list_segments()
+
+    def _join(self, video: Path) -> None:
+        self._growing.close()
+        with self._timed("encode"):
+            frames = segments.remux(Path(self._growing.name), video)
+        if frames != self._plan.frames:
+            raise RenderError(f"{names.VIDEO} has {frames} frames where {self._plan.frames} are due")
+
+    # In the publisher's thread
 
     def _work(self) -> None:
+        block = 0
         try:
-            while (item := self._waiting.get()) is not None and not self._stopping.is_set():
-                self._publish(*item)
-        except BaseException as error:  # noqa: BLE001 - raised again in the render loop
-            self._failure = error
+            while (item := self._next()) is not None:
+                block, latents = item
+                self._publish(block, latents)
+        except BaseException as error:  # noqa: BLE001 - carried over to the caller's thread
+            with self._changed:
+                self._failure = _as_foreseen(error, block)
+                self._changed.notify_all()
+
+    def _next(self) -> tuple[int, Tensor] | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._complete or self._stopping)
+            if self._stopping or not self._waiting:
+                return None
+            item = self._waiting.popleft()
+            self._changed.notify_all()
+            return item
 
     def _publish(self, block: int, latents: Tensor) -> None:
-        segment = segments.encode(
-            self._frames(block, latents),
-            index=block,
-            first_frame=self._plan.first_frame(block),
-            fps=self._videojob.spec.video.fps,
+        segment = self._encode(block, latents)
+        self._init = self._init or segment.init
+        if segment.init != self._init:
+            raise RenderError(f"segment {block} needs another {names.INIT_SEGMENT} than the first: the encoder changed")
+        with self._timed("store"):
+            self._disown(segment)
+            self._output.write(names.segment(block), segment.media)
+            if block == 0:
+                self._output.write(names.INIT_SEGMENT, segment.init)
+            self._entries.append(_entry(segment))
+            self._list_segments()
+        self._growing.write(segment.media if block else segment.init + segment.media)
+        self._on_segment(segment)
+
+    def _encode(self, block: int, latents: Tensor) -> Segment:
+        fps, first_frame = self._videojob.spec.video.fps, self._plan.first_frame(block)
+        decoding = self._seconds["decode"]
+        with self._timed("encode"):
+            frames = self._frames(block, latents)
+            segment = segments.encode(frames, index=block, first_frame=first_frame, fps=fps, codec=self._codec)
+        self._seconds["encode"] -= self._seconds["decode"] - decoding
+        if segment.frames != self._plan.wanted_frames(block):
+            raise RenderError(f"block {block} has {segment.frames} frames: this VAE does not make 4 frames of a latent")
+        return segment
+
+    def _frames(self, block: int, latents: Tensor) -> Iterator[Frames]:
+        """The block's wanted frames, a latent's at a time; the last latent's surplus is cut."""
+        missing = self._plan.wanted_frames(block)
+        for index in range(latents.shape[2]):
+            if self._stopping:
+                raise RenderError("the publisher is closed")
+            with self._timed("decode"):
+                (frames,) = self._decoder.frames(latents[:, :, index : index + 1])
+            yield frames[:missing].numpy()
+            missing -= len(frames[:missing])
+
+    def _disown(self, segment: Segment) -> None:
+        """Stop listing the older attempt's segments before the first one that differs is replaced."""
+        if segment.index >= self._inherited[0]:
+            return
+        objects = {names.segment(segment.index): segment.media}
+        if segment.index == 0:
+            objects[names.INIT_SEGMENT] = segment.init
+        if all(self._holds(key, body) for key, body in objects.items()):
+            return
+        log.info("segment %d differs from the older attempt's: all of them are replaced", segment.index)
+        self._inherited = (0, False)
+        self._output.remove(names.MANIFEST)
+        self._list_segments()
+
+    def _holds(self, key: str, body: bytes) -> bool:
+        found = self._output.read(key)
+        return found is not None and found.body == body
+
+    # In either
+
+    def _list_segments(self, *, ended: bool = False) -> None:
+        """Bring the playlist up to date."""
+        count, ended = max((len(self._entries), ended), self._inherited)
+        plan = self._plan
+        text = segments.playlist(
+            [plan.wanted_frames(block) for block in range(count)],
+            self._videojob.spec.video.fps,
+            longest=max(plan.wanted_frames(block) for block in range(min(2, plan.blocks))),
+            ended=ended,
+            note=f"attempt={self._attempt} writer={self._output.writer}",
         )
-        self._write_segment(segment)
-        entry = Entry(block, segment.frames, segment.duration, len(segment.media), segment.sha256)
-        self._entries.append(entry)
-        self._write_playlist(ended=False)
-        self._on_segment(entry)
+        if text != self._playlist:
+            self._output.write(names.PLAYLIST, text.encode())
+            self._playlist = text
 
-    def _frames(self, block: int, latents: Tensor) -> Iterator[NDArray[np.uint8]]:
-        """Exactly the frames that belong into the video."""
-        left = self._plan.wanted_frames(block)
-        for frames in self._decoder.decode(latents):
-            yield frames[:left].numpy()
-            left -= min(left, frames.shape[0])
+    def _timed(self, what: str) -> _Timer:
+        return _Timer(self._seconds, what)
 
-    def _write_segment(self, segment: Segment) -> None:
-        if not self._init:
-            self._init = segment.init
-            put_once(self._store, names.INIT_SEGMENT, segment.init)
-        elif segment.init != self._init:
-            raise segments.EncodingError(f"the encoder's parameters changed at segment {segment.index}")
-        put_once(self._store, names.segment(segment.index), segment.media)
-        with self._growing.open("ab") as growing:
-            growing.write((segment.init if segment.index == 0 else b"") + segment.media)
-
-    def _write_playlist(self, *, ended: bool) -> None:
-        longest = max(self._plan.wanted_frames(block) for block in range(min(2, self._plan.blocks)))
-        fps = self._videojob.spec.video.fps
-        text = segments.playlist(self._entries, longest=longest / fps, attempt=self._attempt, ended=ended)
-        try:
-            self._playlist_version = self._store.put(names.PLAYLIST, text.encode(), self._playlist_version)
-        except Changed as error:
-            raise OutputConflictError(
-                f"{self._store.url(names.PLAYLIST)} was changed by another writer: a newer attempt has taken over"
-            ) from error
-
-    def _write(self, name: str, body: bytes) -> None:
-        found = self._store.get(name)
-        self._store.put(name, body, None if found is None else found[1])
-
-    def _claim(self) -> None:
-        """Say whose output this is, and take over what an older attempt of the same render wrote."""
-        ours = {
-            "uid": self._videojob.metadata.uid or self._videojob.metadata.name,
-            "specDigest": self._videojob.spec.digest(),
-            "attempt": self._attempt,
-        }
-        found = self._store.get(OWNER)
-        if found is not None:
-            self._compare(json.loads(found[0]), ours)
-        try:
-            self._store.put(OWNER, json.dumps(ours).encode(), None if found is None else found[1])
-        except Changed as error:
-            raise OutputConflictError(f"{self._store.url('')}: another writer claimed the prefix just now") from error
-        playlist = self._store.get(names.PLAYLIST)
-        self._playlist_version = None if playlist is None else playlist[1]
-
-    def _compare(self, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-        place = self._store.url("")
-        if (theirs.get("uid"), theirs.get("specDigest")) != (ours["uid"], ours["specDigest"]):
-            raise OutputConflictError(
-                f"{place} holds the output of another render: choose another spec.output.s3.prefix, or empty this one"
-            )
-        if int(theirs.get("attempt", 0)) > self._attempt:
-            raise OutputConflictError(f"{place} was taken over by attempt {theirs['attempt']}")
-
-    def _manifest(self, video: Path) -> dict[str, Any]:
-        spec = self._videojob.spec
-        with video.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    def _manifest(self, video: Path, digest: str) -> dict[str, Any]:
+        spec, about = self._videojob.spec, self._videojob.metadata
+        now = self._clock()
         return {
-            "name": self._videojob.metadata.name,
-            "specDigest": spec.digest(),
+            "videoJob": {"namespace": about.namespace, "name": about.name, "uid": about.uid},
             "attempt": self._attempt,
+            "specDigest": spec.digest(),
             "video": {
-                "name": names.VIDEO,
-                "frames": self._plan.frames,
-                "fps": spec.video.fps,
+                "object": names.VIDEO,
                 "width": spec.video.width,
                 "height": spec.video.height,
-                "codec": segments.CODEC,
+                "fps": spec.video.fps,
+                "frames": self._plan.frames,
+                "durationSeconds": self._plan.frames / spec.video.fps,
                 "sizeBytes": video.stat().st_size,
                 "sha256": digest,
             },
+            "codec": {"encoder": self._codec.encoder, **asdict(self._codec)},
             "playlist": names.PLAYLIST,
-            "init": {"name": names.INIT_SEGMENT, "sha256": hashlib.sha256(self._init).hexdigest()},
-            "segments": [
-                {
-                    "name": entry.uri,
-                    "frames": entry.frames,
-                    "durationSeconds": entry.duration,
-                    "sizeBytes": entry.size_bytes,
-                    "sha256": entry.sha256,
-                }
-                for entry in self._entries
-            ],
-            "seconds": round(time.time() - self._began, 3),
-            "versions": {
-                package: importlib.metadata.version(package)
-                for package in ("videojob-operator", "torch", "diffusers", "transformers", "av")
+            "init": {
+                "object": names.INIT_SEGMENT,
+                "sizeBytes": len(self._init),
+                "sha256": segments.sha256(self._init),
             },
+            "segments": self._entries,
+            "totals": {
+                "segments": len(self._entries),
+                "segmentBytes": sum(entry["sizeBytes"] for entry in self._entries),
+            },
+            "timings": {
+                "begin": _rfc3339(self._began),
+                "end": _rfc3339(now),
+                "seconds": round(now - self._began, 3),
+                **{f"{what}Seconds": round(seconds, 3) for what, seconds in self._seconds.items()},
+            },
+            "versions": {package: metadata.version(package) for package in PACKAGES},
         }
+
+
+class _Timer:
+    """Adds the seconds of a ``with`` block to an account."""
+
+    def __init__(self, account: dict[str, float], what: str) -> None:
+        self._account = account
+        self._what = what
+
+    def __enter__(self) -> None:
+        self._begin = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._account[self._what] += time.perf_counter() - self._begin
+
+
+def _entry(segment: Segment) -> dict[str, Any]:
+    """A segment's line in the manifest."""
+    return {
+        "object": names.segment(segment.index),
+        "firstFrame": segment.first_frame,
+        "frames": segment.frames,
+        "durationSeconds": segment.duration_s,
+        "sizeBytes": len(segment.media),
+        "sha256": segments.sha256(segment.media),
+    }
+
+
+def _as_foreseen(error: BaseException, block: int) -> BaseException:
+    """The error that the render loop gets: one with a reason of its own stays as it is."""
+    if isinstance(error, RenderError | torch.OutOfMemoryError):
+        return error
+    wrapped = RenderError(f"block {block} cannot be published: {type(error).__name__}: {error}")
+    wrapped.__cause__ = error
+    return wrapped
+
+
+def _say_how_far(done: int, total: int) -> None:
+    log.info("%s: %d of %d MB are in storage", names.VIDEO, done // 10**6, total // 10**6)
+
+
+def _rfc3339(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import cast
 
 import av
 import numpy as np
@@ -72,6 +73,9 @@ class H264:
         }
 
 
+DEFAULT = H264()
+
+
 @dataclass(frozen=True)
 class Segment:
     """A block of the video as a file: ``init + media`` plays alone, ``init`` and the media in a row play as a whole."""
@@ -88,18 +92,13 @@ class Segment:
         """How long it plays."""
         return self.frames / self.fps
 
-    @property
-    def sha256(self) -> str:
-        """Of the media."""
-        return hashlib.sha256(self.media).hexdigest()
 
-    @property
-    def init_sha256(self) -> str:
-        """Of the init segment."""
-        return hashlib.sha256(self.init).hexdigest()
+def sha256(body: bytes) -> str:
+    """A file's digest, in hexadecimal."""
+    return hashlib.sha256(body).hexdigest()
 
 
-def encode(chunks: Iterable[Frames], *, index: int, first_frame: int, fps: int, codec: H264 = H264()) -> Segment:
+def encode(chunks: Iterable[Frames], *, index: int, first_frame: int, fps: int, codec: H264 = DEFAULT) -> Segment:
     """Encode one block.
 
     Args:
@@ -137,7 +136,7 @@ def encode(chunks: Iterable[Frames], *, index: int, first_frame: int, fps: int, 
 
 
 def _add_stream(container: OutputContainer, image: Frames, fps: int, codec: H264) -> VideoStream:
-    stream = container.add_stream(codec.encoder, rate=fps, options=codec.options)
+    stream = cast(VideoStream, container.add_stream(codec.encoder, rate=fps, options=codec.options))
     stream.height, stream.width, _ = image.shape
     stream.pix_fmt = "yuv420p"
     context = stream.codec_context

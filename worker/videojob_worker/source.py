@@ -38,7 +38,7 @@ def fetch(source: Source, scratch: Path) -> Path:
     with (scratch / "model.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if source.s3 is not None:
-            store.download_prefix(source.s3, scratch / "model", env_prefix="MODEL_")
+            store.download_prefix(source.s3, scratch / "model", env_prefix="MODEL_", patterns=FILES)
             return _existing(scratch / "model", "spec.model.source.s3")
         assert source.hugging_face is not None  # noqa: S101 - the spec's rules
         return _from_hub(source.hugging_face, scratch)
