@@ -72,6 +72,7 @@ class Reason(StrEnum):
     OUTPUT_CONFLICT = "OutputConflict"  # permanent: another render writes under the same prefix
     STORAGE_UNAVAILABLE = "StorageUnavailable"  # retryable: storage did not answer for minutes
     OUT_OF_MEMORY = "OutOfMemory"  # retryable once: another neighbour may leave more
+    RANK_KILLED = "RankKilled"  # retryable: a signal ended a rank, often for lack of memory
     PEER_LOST = "PeerLost"  # retryable: a rank vanished or stopped answering
     TERMINATED = "Terminated"  # retryable: asked to stop (eviction, preemption, suspend)
     CRASHED = "Crashed"  # retryable: an unforeseen error, its traceback in the log

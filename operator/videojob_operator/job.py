@@ -173,7 +173,7 @@ def _command(videojob: VideoJob, attempt: int) -> list[str]:
     return [
         "python",
         "-m",
-        "torch.distributed.run",
+        "videojob_worker.launch",
         f"--nnodes={videojob.spec.nodes}",
         f"--nproc-per-node={videojob.spec.ranks}",
         f"--master-addr={first}",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from testcluster.process import until
 from testcluster.s3 import S3Server
 from videojob_api import names
@@ -238,7 +239,9 @@ def test_the_gpu_sample_asks_for_8_gpus_and_is_scheduled(cluster, operator, stor
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "8"
     status = job.until_phase("Failed")
     failed = next(c for c in status["conditions"] if c["type"] == "Failed")
-    assert failed["reason"] in ("InvalidSpec", "ModelNotFound"), "there are no GPUs and no model behind the node's promise"
+    assert failed["reason"] in ("InvalidSpec", "ModelNotFound"), (
+        "there are no GPUs and no model behind the node's promise"
+    )
     cluster.kubectl("delete", "persistentvolume", f"models-{storage}", "--wait=false")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from typer.testing import CliRunner
+
 from videojob_worker import cli
 
 SAMPLES = Path(__file__).parents[2] / "manifests" / "samples"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
@@ -64,7 +66,7 @@ def test_a_video_has_one_frame_for_its_first_latent_and_four_for_every_other(sam
 def test_any_cut_into_blocks_gives_the_whole_video_bit_for_bit(sample, cuts):
     decoder = StreamingDecoder(sample.vae)
     edges = [0, *sorted(cuts), LATENTS]
-    blocks = [sample.latents[:, :, begin:end] for begin, end in zip(edges, edges[1:], strict=False)]
+    blocks = [sample.latents[:, :, begin:end] for begin, end in pairwise(edges)]
     assert torch.equal(torch.cat([decoder.decode(block) for block in blocks]), sample.whole)
 
 

@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 
 import pytest
+
 from videojob_api.plan import Plan
 from videojob_api.progress import LastWords, Outcome, Progress, Reason, Stage
 from videojob_worker import report

@@ -1,10 +1,10 @@
-"""Segments play alone, in a row, from a playlist and as one file, to the exact frame. ffprobe and ffmpeg are the judges."""
+"""Segments play alone, in a row, from a playlist and as one file, to the exact frame; ffprobe and ffmpeg judge."""
 
 from __future__ import annotations
 
 import json
 import subprocess
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -109,7 +109,7 @@ def test_segments_play_as_one_video(folder, name):
 
 
 def test_every_segment_begins_with_a_keyframe(folder):
-    assert keyframes(folder / "row.mp4") == pytest.approx([first / FPS for first in [0, *accumulate(LENGTHS[:-1])]])
+    assert {first / FPS for first in [0, *accumulate(LENGTHS[:-1])]} <= set(keyframes(folder / "row.mp4"))
 
 
 def test_long_segments_can_be_sought_into(tmp_path):
@@ -195,7 +195,7 @@ def test_a_playlist_only_grows_and_keeps_its_target_duration(frames, fps):
     texts = [
         segments.playlist(frames[:count], fps, longest=max(frames), ended=False) for count in range(len(frames) + 1)
     ]
-    for shorter, longer in zip(texts, texts[1:], strict=False):
+    for shorter, longer in pairwise(texts):
         assert longer.startswith(shorter)
     assert segments.playlist(frames, fps, longest=max(frames), ended=True) == texts[-1] + "#EXT-X-ENDLIST\n"
     assert [segments.listed(text) for text in texts] == [(count, False) for count in range(len(frames) + 1)]

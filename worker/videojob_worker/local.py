@@ -144,6 +144,7 @@ def render(run: Run, poll_s: float = 0.25) -> Iterator[Progress]:
                 time.sleep(poll_s)
         finally:
             child.terminate()
+            child.wait()  # also after Ctrl-C, when leaving the context would not
     if child.returncode != 0:
         raise LocalRunError(_why(run))
 
@@ -152,7 +153,7 @@ def _command(videojob: VideoJob) -> list[str]:
     return [
         sys.executable,
         "-m",
-        "torch.distributed.run",
+        "videojob_worker.launch",
         "--nnodes=1",
         f"--nproc-per-node={videojob.spec.world_size}",
         "--master-addr=127.0.0.1",
