@@ -11,6 +11,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
+from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
@@ -40,11 +41,12 @@ class Model(BaseModel):
     rules: ClassVar[tuple[Rule, ...]] = ()
 
 
+# Patterns name their characters: `\w` and `\s` are ASCII on the API server and Unicode in pydantic.
 Prompt = Annotated[str, Field(min_length=1, max_length=20_000)]
 ObjectName = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")]
 Bucket = Annotated[str, Field(min_length=3, max_length=63, pattern=r"^[a-z0-9][a-z0-9.-]*[a-z0-9]$")]
-KeyPrefix = Annotated[str, Field(max_length=900, pattern=r"^([^/\s]+(/[^/\s]+)*)?$")]
-Endpoint = Annotated[str, Field(max_length=2048, pattern=r"^https?://[^\s/]+(/[^\s]*)?$")]
+KeyPrefix = Annotated[str, Field(max_length=900, pattern=r"^([^/\x00-\x20\x7f]+(/[^/\x00-\x20\x7f]+)*)?$")]
+Endpoint = Annotated[str, Field(max_length=2048, pattern=r"^https?://[!-.0-~]+(/[!-~]*)?$")]
 Quantity = Annotated[str, Field(max_length=32, pattern=r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$")]
 
 
@@ -73,7 +75,7 @@ class Video(Model):
 class HuggingFaceSource(Model):
     """A repository on the Hugging Face Hub."""
 
-    repository: Annotated[str, Field(max_length=200, pattern=r"^[\w.-]+/[\w.-]+$")]
+    repository: Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+$")]
     """The repository, as owner/name."""
     revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
     """The commit, 40 hexadecimal digits: a branch could change between two attempts."""
@@ -120,9 +122,19 @@ class S3Location(Model):
 
     def url(self, name: str) -> str:
         """Where an object, named relative to the prefix, can be fetched by those who may."""
-        if self.endpoint is None:
-            return f"https://{self.bucket}.s3.{self.region}.amazonaws.com/{self.key(name)}"
-        return f"{self.endpoint.rstrip('/')}/{self.bucket}/{self.key(name)}"
+        server = (self.endpoint or f"https://s3.{self.region}.amazonaws.com").rstrip("/")
+        key = quote(self.key(name))
+        if self._bucket_in_path:
+            return f"{server}/{self.bucket}/{key}"
+        scheme, host_and_root = server.split("://", 1)
+        return f"{scheme}://{self.bucket}.{host_and_root}/{key}"
+
+    @property
+    def _bucket_in_path(self) -> bool:
+        """Certificates of AWS do not cover host names in which the bucket holds a dot."""
+        if self.addressing_style == "auto":
+            return self.endpoint is not None or "." in self.bucket
+        return self.addressing_style == "path"
 
 
 class S3Output(S3Location):
@@ -319,10 +331,10 @@ class Metadata(BaseModel):
 class VideoJob(BaseModel):
     """A VideoJob as the worker and ``videojob render`` read it."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", validate_by_name=True, validate_by_alias=True)
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", validate_by_name=True, validate_by_alias=True)
 
-    api_version: Literal["videojob.dev/v1alpha1"] = Field("videojob.dev/v1alpha1", alias="apiVersion")
-    kind: Literal["VideoJob"] = "VideoJob"
+    api_version: Literal["videojob.dev/v1alpha1"] = Field(alias="apiVersion")
+    kind: Literal["VideoJob"]
     metadata: Metadata
     spec: Spec
 

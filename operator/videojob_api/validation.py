@@ -1,8 +1,8 @@
 """Checks a VideoJob document as the API server would, and says everything that is wrong at once.
 
-Uses the models' types and bounds (``spec``) and evaluates the very CEL rules that the CustomResourceDefinition
-carries, over the document with its defaults filled in. Transition rules (``oldSelf``) need a past and are left to the
-API server.
+Looks at the document as the API server would store it: plain JSON, nulls dropped, defaults filled in. On that it
+uses the models' types and bounds (``spec``) and evaluates the very CEL rules that the CustomResourceDefinition
+carries. Transition rules (``oldSelf``) need a past and are left to the API server.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import date
 from functools import cache
 from typing import Any
 
@@ -49,32 +50,55 @@ def read(document: object) -> VideoJob:
     found = problems(document)
     if found:
         raise InvalidVideoJobError(found)
-    return VideoJob.model_validate_json(_json(document))
+    return _typed(_stored(document))
 
 
 def problems(document: object) -> list[Problem]:
-    """Everything wrong with a document, in the document's order; empty if it is valid."""
+    """Everything wrong with a document: types and bounds in the document's order, then rules; empty if it is valid."""
     if not isinstance(document, Mapping):
         return [Problem("(document)", f"must be a mapping with apiVersion, kind, metadata and spec, not {document!r}")]
-    errors = _type_errors(document)
+    stored = _stored(document)
+    errors = _type_errors(stored)
     inner = {error["loc"][:depth] for error in errors for depth in range(len(error["loc"]))}
     found = [Problem(_path(error["loc"]), _message(error)) for error in errors if error["loc"] not in inner]
     seen = {problem.field for problem in found}
-    broken = _broken_rules(VideoJob, _with_defaults(VideoJob, document), "")
-    return found + [problem for problem in broken if problem.field not in seen]
+    return found + [problem for problem in _broken_rules(VideoJob, stored, "") if problem.field not in seen]
 
 
-def _type_errors(document: Mapping[str, Any]) -> list[Any]:
+def _type_errors(stored: Mapping[str, Any]) -> list[Any]:
     try:
-        VideoJob.model_validate_json(_json(document))
+        _typed(stored)
     except ValidationError as error:
         return list(error.errors(include_url=False))
     return []
 
 
-def _json(document: object) -> str:
-    """YAML may hold what JSON cannot (a date): such a value becomes a string, as kubectl would send it."""
-    return json.dumps(document, default=str)
+def _typed(stored: Mapping[str, Any]) -> VideoJob:
+    return VideoJob.model_validate_json(json.dumps(stored), by_alias=True, by_name=False)
+
+
+def _stored(document: object) -> Any:
+    """The document as the API server stores it, without the status, which is not the user's."""
+    plain = _plain(document)
+    plain.pop("status", None)
+    return _with_defaults(VideoJob, plain)
+
+
+def _plain(value: object) -> Any:
+    """As JSON: YAML also knows dates and keys that are no strings. A whole number is an integer, as on the server."""
+    if isinstance(value, Mapping):
+        return {_plain(str(key)): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(item) for item in value]
+    if isinstance(value, date):
+        return value.isoformat()
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str):  # PyYAML leaves a JSON document's \ud83d\ude00 as two halves of one character
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return value
 
 
 def _path(loc: tuple[int | str, ...]) -> str:
@@ -84,9 +108,9 @@ def _path(loc: tuple[int | str, ...]) -> str:
 
 def _message(error: Mapping[str, Any]) -> str:
     if error["type"] == "extra_forbidden":
-        return "unknown field"
+        return "unknown field: remove it, or correct its spelling or indentation"
     if error["type"] == "missing":
-        return "required"
+        return "required: add it"
     value = repr(error["input"])
     return f"{error['msg']}, not {value if len(value) <= 60 else value[:57] + '...'}"
 
@@ -115,7 +139,7 @@ def _nested(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
 
 
 def _with_defaults(model: type[BaseModel], value: Any) -> Any:
-    """The document as the API server stores it; what is no mapping stays as it is."""
+    """The value without its nulls and with the model's defaults; what is no mapping stays as it is."""
     if not isinstance(value, Mapping):
         return value
     filled = dict(value)
