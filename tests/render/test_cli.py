@@ -8,7 +8,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from videojob_worker import cli
+from videojob_worker import cli, manifest
 
 SAMPLES = Path(__file__).parents[2] / "manifests" / "samples"
 
@@ -19,7 +19,7 @@ def run():
 
 
 @pytest.fixture
-def manifest(tmp_path):
+def write_manifest(tmp_path):
     document = yaml.safe_load((SAMPLES / "00-local.yaml").read_text())
     path = tmp_path / "job.yaml"
 
@@ -37,8 +37,8 @@ def test_every_sample_is_valid_and_summed_up(run, sample):
     assert "blocks" in result.stdout
 
 
-def test_all_problems_are_printed_at_once(run, manifest):
-    path = manifest(
+def test_all_problems_are_printed_at_once(run, write_manifest):
+    path = write_manifest(
         scenes=[{"prompt": "", "frames": 0}],
         video={"frames": 1.5, "width": 100, "heigth": 80},
         dualParallel={"blockLatents": 2, "contextLatents": 3},
@@ -80,10 +80,10 @@ def test_a_missing_file_is_named(run, tmp_path):
     assert "absent.yaml cannot be read: No such file" in result.stderr
 
 
-def test_without_an_s3_server_the_ways_out_are_named(run, manifest, monkeypatch, tmp_path):
+def test_without_an_s3_server_the_ways_out_are_named(run, write_manifest, monkeypatch, tmp_path):
     monkeypatch.delenv("VIDEOJOB_S3_SERVER", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    result = run("render", manifest(), "--work-dir", tmp_path)
+    result = run("render", write_manifest(), "--work-dir", tmp_path)
     assert result.exit_code == 1
     assert "--s3-endpoint" in result.stderr
     assert "--output-dir" in result.stderr
@@ -99,3 +99,21 @@ def test_a_tiny_model_has_the_layers_asked_for(run, tmp_path):
     assert run("tiny-model", tmp_path / "tiny", "--layers", 3).exit_code == 0
     assert '"num_layers": 3' in (tmp_path / "tiny" / "transformer" / "config.json").read_text()
     assert (tmp_path / "tiny" / "tokenizer" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("1e3", 1000),
+        ("0x10", 16),
+        ("1_000", 1000),
+        (".5", 0.5),
+        ("1:21", "1:21"),
+        ("2024-01-02", "2024-01-02"),
+        ("2024-01-02T03:04:05Z", "2024-01-02T03:04:05Z"),
+        ("~", None),
+        ("'7'", "7"),
+    ],
+)
+def test_yaml_is_read_as_kubectl_reads_it(text, read):
+    assert manifest.load(f"value: {text}") == {"value": read}

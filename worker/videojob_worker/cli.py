@@ -21,7 +21,7 @@ from videojob_api.progress import Progress as Record
 from videojob_api.progress import Stage
 from videojob_api.spec import VideoJob
 
-from . import local
+from . import local, manifest
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -108,8 +108,11 @@ def tiny_model(
     seed: Annotated[int, typer.Option(help="Seed of the random weights.", min=0)] = 0,
 ) -> None:
     """Make a tiny model with random weights in the diffusers layout; its videos are noise, but all code runs."""
+    import transformers
+
     from . import tiny
 
+    transformers.utils.logging.disable_progress_bar()
     tiny.save(folder, layers=layers, seed=seed)
     out.print(f"{folder}: a Wan model with {layers} layers and random weights", soft_wrap=True)
 
@@ -117,7 +120,7 @@ def tiny_model(
 def _load(file: Path) -> Any:
     try:
         text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
-        return yaml.safe_load(text)
+        return manifest.load(text)
     except OSError as error:
         _fail(f"{file} cannot be read: {error.strerror}")
     except (yaml.YAMLError, UnicodeDecodeError) as error:
