@@ -16,7 +16,7 @@ def main() -> None:
         config = settings.read()
     except settings.SettingsError as error:
         sys.exit(f"videojob-operator: {error}")
-    kopf.configure(log_format=kopf.LogFormat.PLAIN)
+    kopf.configure(log_format=kopf.LogFormat[config.log_format.upper()])
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line a poll otherwise
     registry = kopf.OperatorRegistry()
     handlers.register(registry)

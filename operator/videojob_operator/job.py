@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from collections.abc import Sequence
+from decimal import Decimal
+from typing import Any, Final
 
 from videojob_api import names
 from videojob_api.spec import S3Location, VideoJob
 
 from .settings import Settings
 
+ANNOTATION_FAILURES: Final = f"{names.GROUP}/failures"  # on a Job: why earlier attempts failed, those that count
 USER = 65532  # the conventional "nonroot"
 GRACE_SECONDS = 120  # enough to finish the segment that is being uploaded
 KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
@@ -22,10 +25,25 @@ KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 Object = dict[str, Any]
 
 
-def objects(videojob: VideoJob, attempt: int, settings: Settings) -> list[Object]:
-    """Everything that an attempt needs, in the order of creation: the Job last, so that it finds the others."""
+def objects(videojob: VideoJob, attempt: int, settings: Settings, failures: Sequence[str] = ()) -> list[Object]:
+    """Everything that an attempt needs, in the order of creation: the Job last, so that it finds the others.
+
+    Args:
+        videojob: what to render.
+        attempt: its number, from 1.
+        settings: defaults for what the spec leaves open.
+        failures: reasons of the failed attempts that count; the Job remembers them when the pods are gone.
+    """
     service = [_service(videojob, attempt)] if videojob.spec.nodes > 1 else []
-    return [_config_map(videojob, attempt), *service, _job(videojob, attempt, settings)]
+    job = _job(videojob, attempt, settings)
+    job["metadata"]["annotations"] = {ANNOTATION_FAILURES: ",".join(failures)}
+    return [_config_map(videojob, attempt), *service, job]
+
+
+def failures(job: Object) -> tuple[str, ...]:
+    """The reasons that a Job was made with."""
+    text = (job["metadata"].get("annotations") or {}).get(ANNOTATION_FAILURES, "")
+    return tuple(filter(None, text.split(",")))
 
 
 def labels(videojob: VideoJob, attempt: int) -> dict[str, str]:
@@ -125,6 +143,8 @@ def _pod(videojob: VideoJob, attempt: int, settings: Settings) -> Object:
     }
     if spec.output.s3.service_account_name is not None:
         pod["serviceAccountName"] = spec.output.s3.service_account_name
+    if spec.gpus_per_node:  # nodes with GPUs are commonly tainted to keep others away
+        pod["tolerations"] = [{"key": settings.gpu_resource, "operator": "Exists", "effect": "NoSchedule"}]
     if spec.nodes > 1:
         pod |= {"subdomain": name, "affinity": _apart(name)}
     return pod
@@ -148,7 +168,7 @@ def _container(videojob: VideoJob, attempt: int, settings: Settings) -> Object:
     ]
     if videojob.spec.model.source.persistent_volume_claim is not None:
         mounts.append({"name": "model", "mountPath": names.CLAIM_DIR, "readOnly": True})
-    return {
+    container: Object = {
         "name": names.CONTAINER,
         "image": settings.worker_image,
         "imagePullPolicy": settings.image_pull_policy,
@@ -165,6 +185,10 @@ def _container(videojob: VideoJob, attempt: int, settings: Settings) -> Object:
         "terminationMessagePolicy": "File",
         "volumeMounts": mounts,
     }
+    if videojob.spec.nodes == 1:  # the first rank alone answers, and all pods of a Job are alike
+        check = {"path": "/healthz", "port": names.PROGRESS_PORT_NAME}
+        container["readinessProbe"] = {"httpGet": check, "periodSeconds": 5, "timeoutSeconds": 5}
+    return container
 
 
 def _command(videojob: VideoJob, attempt: int) -> list[str]:
@@ -197,6 +221,7 @@ def _environment(videojob: VideoJob, attempt: int) -> list[Object]:
         "HF_HOME": f"{scratch}/huggingface",
         "TORCHINDUCTOR_CACHE_DIR": f"{scratch}/inductor",
         "TRITON_CACHE_DIR": f"{scratch}/triton",
+        "CUDA_CACHE_PATH": f"{scratch}/cuda",
         "PYTHONUNBUFFERED": "1",
     }
     if videojob.spec.gpus_per_node == 0:
@@ -230,11 +255,14 @@ def _secret(variable: str, secret: str, key: str, *, optional: bool = False) -> 
 
 
 def _resources(videojob: VideoJob, settings: Settings) -> Object:
-    spec = videojob.spec
-    gpus = spec.gpus_per_node
-    memory = spec.resources.memory or (times(settings.memory_per_gpu, gpus) if gpus else settings.memory)
-    requests = {"cpu": spec.resources.cpu or times(settings.cpu_per_rank, spec.ranks), "memory": memory}
-    limits = {"memory": memory}
+    """A pod with GPUs has no memory limit of our guess: whoever has a node's GPUs has the node."""
+    spec, gpus = videojob.spec, videojob.spec.gpus_per_node
+    limit = spec.resources.memory or (None if gpus else settings.memory)
+    requests = {
+        "cpu": spec.resources.cpu or times(settings.cpu_per_rank, spec.ranks),
+        "memory": limit or times(settings.memory_per_gpu, gpus),
+    }
+    limits = {"memory": limit} if limit else {}
     if gpus:
         requests[settings.gpu_resource] = limits[settings.gpu_resource] = str(gpus)
     return {"requests": requests, "limits": limits}
@@ -243,8 +271,7 @@ def _resources(videojob: VideoJob, settings: Settings) -> Object:
 def times(quantity: str, factor: int) -> str:
     """A Kubernetes quantity, multiplied."""
     number, unit = re.fullmatch(r"([0-9.]+)([a-zA-Z]*)", quantity).groups()  # type: ignore[union-attr]
-    product = float(number) * factor
-    return f"{product:g}{unit}"
+    return f"{(Decimal(number) * factor).normalize():f}{unit}"
 
 
 def _volumes(videojob: VideoJob, attempt: int, settings: Settings) -> list[Object]:

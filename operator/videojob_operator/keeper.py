@@ -49,23 +49,26 @@ class Keeper:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    def __contains__(self, key: Key) -> bool:
+        """Whether the key is looked after."""
+        return key in self._calls
+
     async def close(self) -> None:
         """Stop looking."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._pool.shutdown(wait=True)
+        self._pool.shutdown(wait=False, cancel_futures=True)  # a look that hangs must not hang us
 
     async def _keep(self, key: Key) -> None:
-        call, failures = self._calls[key], 0
+        call, pause = self._calls[key], self._first_delay
         while True:
-            call.clear()
+            call.clear()  # before the look: what is heard during it leads to another
             try:
                 delay = await asyncio.get_running_loop().run_in_executor(self._pool, self._look, *key)
-                failures = 0
+                pause = self._first_delay
             except Exception:  # a handler's shell: the key must stay looked after
-                failures += 1
-                delay = min(LONGEST_DELAY_SECONDS, self._first_delay * 2.0 ** (failures - 1))
+                delay, pause = pause, min(LONGEST_DELAY_SECONDS, pause * 2)
                 log.exception("%s/%s: the look failed, the next in %.0f s", *key, delay)
             if delay is None and not call.is_set():
                 del self._calls[key]

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 PREFIX = "VIDEOJOB_"
+
+QUANTITY = r"[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?"
+NAMESPACE = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
+RESOURCE = r"[a-z0-9.-]+/[A-Za-z0-9._-]+"
 
 
 class SettingsError(ValueError):
@@ -18,7 +23,7 @@ class SettingsError(ValueError):
 class Settings:
     """One operator's settings; each is the variable ``VIDEOJOB_<NAME>``."""
 
-    worker_image: str = "videojob-operator:0.1.0"
+    worker_image: str = "videojob:0.1.0"
     """Image of worker pods."""
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
     """Of worker pods."""
@@ -37,13 +42,15 @@ class Settings:
     cpu_per_rank: str = "1"
     """CPU request of each rank where the spec is silent."""
     memory: str = "4Gi"
-    """Memory of a pod without GPUs where the spec is silent."""
-    memory_per_gpu: str = "32Gi"
-    """Memory of a pod for each of its GPUs where the spec is silent."""
+    """Memory request and limit of a pod without GPUs where the spec is silent."""
+    memory_per_gpu: str = "2Gi"
+    """Memory request, without a limit, of a pod for each of its GPUs where the spec is silent."""
     shared_memory: str = "1Gi"
     """Size of /dev/shm where the spec is silent."""
     port: int = 8080
     """Of the operator's own /healthz."""
+    log_format: Literal["plain", "json"] = "plain"
+    """Of the operator's own log."""
 
 
 def read(environ: Mapping[str, str] = os.environ) -> Settings:
@@ -58,17 +65,18 @@ def read(environ: Mapping[str, str] = os.environ) -> Settings:
         image_pull_policy=_choice(  # type: ignore[arg-type]
             environ, "IMAGE_PULL_POLICY", default.image_pull_policy, ("Always", "IfNotPresent", "Never")
         ),
-        namespaces=tuple(filter(None, _text(environ, "NAMESPACES", "").replace(" ", "").split(","))),
+        namespaces=_namespaces(environ),
         poll_seconds=_number(environ, "POLL_SECONDS", default.poll_seconds),
         poll_through=_choice(environ, "POLL_THROUGH", default.poll_through, ("pod", "proxy")),  # type: ignore[arg-type]
-        max_attempts=int(_number(environ, "MAX_ATTEMPTS", default.max_attempts)),
+        max_attempts=_integer(environ, "MAX_ATTEMPTS", default.max_attempts, 1000),
         backoff_seconds=_number(environ, "BACKOFF_SECONDS", default.backoff_seconds),
-        gpu_resource=_text(environ, "GPU_RESOURCE", default.gpu_resource),
-        cpu_per_rank=_text(environ, "CPU_PER_RANK", default.cpu_per_rank),
-        memory=_text(environ, "MEMORY", default.memory),
-        memory_per_gpu=_text(environ, "MEMORY_PER_GPU", default.memory_per_gpu),
-        shared_memory=_text(environ, "SHARED_MEMORY", default.shared_memory),
-        port=int(_number(environ, "OPERATOR_PORT", default.port)),
+        gpu_resource=_like(environ, "GPU_RESOURCE", default.gpu_resource, RESOURCE),
+        cpu_per_rank=_like(environ, "CPU_PER_RANK", default.cpu_per_rank, QUANTITY),
+        memory=_like(environ, "MEMORY", default.memory, QUANTITY),
+        memory_per_gpu=_like(environ, "MEMORY_PER_GPU", default.memory_per_gpu, QUANTITY),
+        shared_memory=_like(environ, "SHARED_MEMORY", default.shared_memory, QUANTITY),
+        port=_integer(environ, "OPERATOR_PORT", default.port, 65535),
+        log_format=_choice(environ, "LOG_FORMAT", default.log_format, ("plain", "json")),  # type: ignore[arg-type]
     )
 
 
@@ -76,11 +84,33 @@ def _text(environ: Mapping[str, str], name: str, default: str) -> str:
     return environ.get(PREFIX + name) or default
 
 
+def _like(environ: Mapping[str, str], name: str, default: str, pattern: str) -> str:
+    value = _text(environ, name, default)
+    if not re.fullmatch(pattern, value):
+        raise SettingsError(f"{PREFIX}{name} must be like {default}, not {value!r}")
+    return value
+
+
+def _namespaces(environ: Mapping[str, str]) -> tuple[str, ...]:
+    listed = tuple(filter(None, map(str.strip, _text(environ, "NAMESPACES", "").split(","))))
+    for namespace in listed:
+        if not re.fullmatch(NAMESPACE, namespace):
+            raise SettingsError(f"{PREFIX}NAMESPACES must be names separated by commas; {namespace!r} is none")
+    return listed
+
+
 def _choice(environ: Mapping[str, str], name: str, default: str, choices: tuple[str, ...]) -> str:
     value = _text(environ, name, default)
     if value not in choices:
         raise SettingsError(f"{PREFIX}{name} must be one of {', '.join(choices)}, not {value!r}")
     return value
+
+
+def _integer(environ: Mapping[str, str], name: str, default: int, highest: int) -> int:
+    text = _text(environ, name, str(default))
+    if not re.fullmatch(r"[0-9]{1,9}", text) or not 1 <= int(text) <= highest:
+        raise SettingsError(f"{PREFIX}{name} must be an integer from 1 to {highest}, not {text!r}")
+    return int(text)
 
 
 def _number(environ: Mapping[str, str], name: str, default: float) -> float:

@@ -21,14 +21,17 @@ from .failure import Verdict
 
 Object = dict[str, Any]
 
+LONGEST_MESSAGE = 4000  # of a condition; the API server's answers may quote a whole prompt
+
 
 class Why(StrEnum):
     """Reasons of conditions that are the operator's own; others are the worker's (``videojob_api.progress.Reason``)."""
 
     VALID = "Valid"  # the spec makes sense
     INVALID_SPEC = "InvalidSpec"  # it does not; the message names every field
-    NAME_TAKEN = "NameTaken"  # a Job or ConfigMap of that name belongs to someone else
-    CREATING = "Creating"  # no Job yet
+    NAME_TAKEN = "NameTaken"  # a Job or ConfigMap of that name belongs to someone else; tried again
+    FORBIDDEN = "Forbidden"  # quota, policy or rights forbid the Job; tried again
+    REFUSED = "Refused"  # the API server will never take the Job
     WAITING = "WaitingForPods"  # the Job exists, its pods do not run yet
     LOADING = "Loading"  # the pods run, the model is being loaded
     RENDERING = "Rendering"  # blocks are being denoised
@@ -49,6 +52,7 @@ class Observed:
     failed: Verdict | None = None  # its Job failed
     final: bool = False  # no further attempt will be made
     trouble: str = ""  # why there are no pods, where the cluster says so
+    held: tuple[str, str] | None = None  # reason and message of what keeps the next attempt from being made
 
 
 @dataclass(frozen=True)
@@ -76,12 +80,13 @@ def status(raw: Object, videojob: VideoJob, observed: Observed, now: datetime) -
         observed: its newest attempt.
         now: with time zone.
     """
-    words = _judge(observed)
+    previous = raw.get("status") or {}
+    rendered = previous.get("phase") == Phase.RENDERING and previous.get("attempt") == observed.attempt
+    words = _judge(observed, rendered)
     ended = words.phase in (Phase.SUCCEEDED, Phase.FAILED)
     new = _assemble(raw, words, now, completion=now if ended else None)
     new["attempt"] = observed.attempt
     started = min(filter(None, map(_started, observed.pods)), default=None)
-    previous = raw.get("status") or {}
     if start := previous.get("startTime") or started:
         new["startTime"] = start
     new["output"] = output(videojob.spec.output.s3)
@@ -90,7 +95,8 @@ def status(raw: Object, videojob: VideoJob, observed: Observed, now: datetime) -
     return new
 
 
-def _judge(observed: Observed) -> Words:
+def _judge(observed: Observed, rendered: bool) -> Words:
+    """``rendered``: the attempt was seen rendering; a worker that misses one poll does not load the model again."""
     if observed.succeeded:
         return _words(Phase.SUCCEEDED, Why.COMPLETED, "the whole video is in storage")
     if observed.failed is not None and observed.final:
@@ -101,11 +107,11 @@ def _judge(observed: Observed) -> Words:
     if observed.failed is not None:
         message = f"attempt {observed.attempt} failed, another follows; {observed.failed.words}"
         return _words(Phase.PENDING, Why.RETRYING, message)
-    if observed.attempt == 0:
-        return _words(Phase.PENDING, Why.CREATING, observed.trouble or "the Job is being created")
+    if observed.held is not None:
+        return _words(Phase.PENDING, *observed.held)
     if not observed.pods or not all(_runs(pod) for pod in observed.pods):
         return _words(Phase.PENDING, Why.WAITING, observed.trouble or obstacle(observed.pods))
-    if observed.progress is None or observed.progress.stage is Stage.LOADING:
+    if not rendered and (observed.progress is None or observed.progress.stage is Stage.LOADING):
         return _words(Phase.STARTING, Why.LOADING, "the pods run, the model is being loaded")
     return _words(Phase.RENDERING, Why.RENDERING, "blocks are being denoised; finished segments are in storage")
 
@@ -141,7 +147,7 @@ def _assemble(raw: Object, words: Words, now: datetime, completion: datetime | N
 def _conditions(previous: Sequence[Object], words: Words, generation: int, now: datetime) -> list[Object]:
     """``lastTransitionTime`` moves only when the condition's status changes."""
     before = {condition["type"]: condition for condition in previous}
-    conditions = []
+    conditions: list[Object] = []
     for kind, (value, reason, message) in words.conditions.items():
         old = before.get(str(kind), {})
         moved = timestamp(now) if old.get("status") != value else old["lastTransitionTime"]
@@ -150,7 +156,7 @@ def _conditions(previous: Sequence[Object], words: Words, generation: int, now: 
                 "type": str(kind),
                 "status": value,
                 "reason": str(reason),
-                "message": message,
+                "message": message[:LONGEST_MESSAGE],
                 "lastTransitionTime": moved,
                 "observedGeneration": generation,
             }
@@ -207,7 +213,7 @@ def obstacle(pods: Sequence[Object]) -> str:
     """Why pods do not run yet, in the words of whoever holds them up."""
     for pod in pods:
         state = pod.get("status", {})
-        for container in state.get("containerStatuses") or ():
+        for container in (*(state.get("initContainerStatuses") or ()), *(state.get("containerStatuses") or ())):
             waiting = container.get("state", {}).get("waiting") or {}
             if waiting.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
                 return f"pod {pod['metadata']['name']}: {waiting['reason']}: {waiting.get('message', '')}".rstrip(": ")
@@ -218,7 +224,8 @@ def obstacle(pods: Sequence[Object]) -> str:
 
 
 def _runs(pod: Object) -> bool:
-    return pod.get("status", {}).get("phase") in ("Running", "Succeeded")
+    """Or did: what an ended pod means is for its Job to say."""
+    return pod.get("status", {}).get("phase") in ("Running", "Succeeded", "Failed")
 
 
 def _started(pod: Object) -> str | None:
