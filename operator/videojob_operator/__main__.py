@@ -17,7 +17,8 @@ def main() -> None:
     except settings.SettingsError as error:
         sys.exit(f"videojob-operator: {error}")
     kopf.configure(log_format=kopf.LogFormat[config.log_format.upper()])
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line a poll otherwise
+    for noisy in ("httpx", "kopf.objects", "aiohttp.access"):  # a line a poll, a line an event, a line a probe
+        logging.getLogger(noisy).setLevel(logging.WARNING)
     registry = kopf.OperatorRegistry()
     handlers.register(registry)
     memo = kopf.Memo(settings=config)

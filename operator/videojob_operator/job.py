@@ -255,11 +255,12 @@ def _secret(variable: str, secret: str, key: str, *, optional: bool = False) -> 
 
 
 def _resources(videojob: VideoJob, settings: Settings) -> Object:
-    """A pod with GPUs has no memory limit of our guess: whoever has a node's GPUs has the node."""
+    """A pod with GPUs asks for little else by default and is not limited: whoever has a node's GPUs has the node."""
     spec, gpus = videojob.spec, videojob.spec.gpus_per_node
     limit = spec.resources.memory or (None if gpus else settings.memory)
+    cpu = times(settings.cpu_per_gpu, gpus) if gpus else times(settings.cpu_per_rank, spec.ranks)
     requests = {
-        "cpu": spec.resources.cpu or times(settings.cpu_per_rank, spec.ranks),
+        "cpu": spec.resources.cpu or cpu,
         "memory": limit or times(settings.memory_per_gpu, gpus),
     }
     limits = {"memory": limit} if limit else {}

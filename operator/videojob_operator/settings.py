@@ -40,7 +40,9 @@ class Settings:
     gpu_resource: str = "nvidia.com/gpu"
     """The extended resource of a GPU."""
     cpu_per_rank: str = "1"
-    """CPU request of each rank where the spec is silent."""
+    """CPU request of a pod without GPUs for each of its ranks where the spec is silent."""
+    cpu_per_gpu: str = "100m"
+    """CPU request of a pod for each of its GPUs where the spec is silent: it has its node to itself anyhow."""
     memory: str = "4Gi"
     """Memory request and limit of a pod without GPUs where the spec is silent."""
     memory_per_gpu: str = "2Gi"
@@ -73,6 +75,7 @@ def read(environ: Mapping[str, str] = os.environ) -> Settings:
         gpu_resource=_like(environ, "GPU_RESOURCE", default.gpu_resource, RESOURCE),
         cpu_per_rank=_like(environ, "CPU_PER_RANK", default.cpu_per_rank, QUANTITY),
         memory=_like(environ, "MEMORY", default.memory, QUANTITY),
+        cpu_per_gpu=_like(environ, "CPU_PER_GPU", default.cpu_per_gpu, QUANTITY),
         memory_per_gpu=_like(environ, "MEMORY_PER_GPU", default.memory_per_gpu, QUANTITY),
         shared_memory=_like(environ, "SHARED_MEMORY", default.shared_memory, QUANTITY),
         port=_integer(environ, "OPERATOR_PORT", default.port, 65535),

@@ -118,6 +118,7 @@ def _judge(observed: Observed, rendered: bool) -> Words:
 
 def _words(phase: Phase, reason: str, message: str, accepted: tuple[str, str, str] | None = None) -> Words:
     complete, failed, rendering = phase is Phase.SUCCEEDED, phase is Phase.FAILED, phase is Phase.RENDERING
+    end = reason if complete or failed else Why.IN_PROGRESS
     return Words(
         phase,
         reason,
@@ -125,8 +126,8 @@ def _words(phase: Phase, reason: str, message: str, accepted: tuple[str, str, st
         {
             ConditionType.ACCEPTED: accepted or ("True", Why.VALID, "the spec makes sense"),
             ConditionType.RENDERING: ("True" if rendering else "False", reason, message),
-            ConditionType.COMPLETE: ("True" if complete else "False", reason if complete else Why.IN_PROGRESS, message),
-            ConditionType.FAILED: ("True" if failed else "False", reason if failed else Why.IN_PROGRESS, message),
+            ConditionType.COMPLETE: ("True" if complete else "False", end, message),
+            ConditionType.FAILED: ("True" if failed else "False", end, message),
         },
     )
 

@@ -256,8 +256,8 @@ def test_what_the_spec_asks_for_is_requested_and_limited(spec):
     assert "cpu" not in resources["limits"], "a throttled rank holds up all others"
 
 
-def test_cpu_is_requested_for_each_rank():
-    assert container(gpusPerNode=8)["resources"]["requests"]["cpu"] == "8"
+def test_cpu_is_requested_for_each_rank_and_a_little_for_each_gpu():
+    assert container(gpusPerNode=8)["resources"]["requests"]["cpu"] == "800m"
     assert container(Settings(cpu_per_rank="500m"), **CPU)["resources"]["requests"]["cpu"] == "2000m"
 
 

@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -29,18 +30,21 @@ from videojob_api import validation
 from videojob_api.progress import PERMANENT, Outcome, Reason, Stage
 from videojob_api.spec import VideoJob
 
-from . import conditions, report, sampler, settings, source, store, topology, wan
+from . import conditions, report, sampler, settings, source, topology, wan
 from .blocks import Blocks, noise
 from .conditions import Conditions
 from .decoder import StreamingDecoder
-from .errors import InvalidSpecError, ModelInvalidError, RenderError, TerminatedError
+from .errors import InvalidSpecError, ModelInvalidError, RenderError
 from .link import Link, TorchLink
 from .pipeline import Ring
 from .publisher import Publisher
 from .schedule import Turn
 from .settings import Settings
+from .store import FolderStore, Output, S3Store, Store
 
 log = logging.getLogger("videojob_worker")
+
+GRACE_S = 15.0  # from SIGTERM to the end; torchrun kills after 30 s
 
 
 @dataclass(frozen=True)
@@ -61,52 +65,111 @@ def main() -> None:
         level=logging.INFO, format=f"%(asctime)s rank {config.rank} %(levelname)s %(message)s", stream=sys.stderr
     )
     _quiet_libraries()
-    signal.signal(signal.SIGTERM, _terminate)
+    ending = Ending(config)
+    ending.heed_sigterm()
     try:
         message = render(config)
-    except RenderError as error:
-        log.error("%s: %s", error.reason, error)
-        _leave(config, Outcome.FAILED, error.reason, str(error))
-        sys.exit(1)
-    except torch.OutOfMemoryError as error:
-        log.exception("out of memory")
-        remedy = "use more GPUs, fewer dualParallel latents or a smaller video"
-        _leave(
-            config, Outcome.FAILED, Reason.OUT_OF_MEMORY, f"rank {config.rank} is out of GPU memory: {remedy}: {error}"
-        )
-        sys.exit(1)
+    except SystemExit:  # by ``_unwind``
+        ending.tell_terminated()
+        raise
     except Exception as error:
-        log.exception("unforeseen error")
-        _leave(config, Outcome.FAILED, Reason.CRASHED, f"rank {config.rank}: {type(error).__name__}: {error}")
+        reason, message = cause(error, config.rank)
+        log.error("%s: %s", reason, message, exc_info=None if isinstance(error, RenderError) else error)
+        ending.tell(Outcome.FAILED, reason, message)
         sys.exit(1)
     if config.rank == 0:
-        _leave(config, Outcome.SUCCEEDED, Reason.COMPLETED, message)
+        ending.tell(Outcome.SUCCEEDED, Reason.COMPLETED, message)
+
+
+class Ending:
+    """A rank's end: the first reason that it gives becomes its last words, and SIGTERM is one wherever it comes.
+
+    Python runs a signal's handler in the main thread between two bytecodes, so not while that one waits in C++ for
+    another rank. The words are therefore left by a thread that the interpreter wakes at once; the handler ends the main
+    thread as soon as it can, cleaning up on its way; and the thread ends the process if that takes too long.
+    """
+
+    def __init__(self, config: Settings) -> None:
+        self._config = config
+        self._lock = threading.Lock()
+        self._told = False
+
+    def tell(self, outcome: Outcome, reason: Reason, message: str) -> None:
+        """Leave last words, unless some were left."""
+        retryable = outcome is Outcome.FAILED and reason not in PERMANENT
+        words = report.last_words(outcome, reason, message, retryable=retryable, attempt=self._config.attempt)
+        with self._lock:
+            if not self._told:
+                report.leave(words, self._config.last_words)
+                self._told = True
+
+    def tell_terminated(self) -> None:
+        """Say that SIGTERM came; on return, some last words are left."""
+        self.tell(Outcome.FAILED, Reason.TERMINATED, f"rank {self._config.rank} was asked to stop (SIGTERM)")
+
+    def heed_sigterm(self) -> None:
+        """From now on SIGTERM ends this process, in an orderly way if it can, but before torchrun kills it."""
+        woken, waking = os.pipe()
+        os.set_blocking(waking, False)
+        signal.set_wakeup_fd(waking)
+        signal.signal(signal.SIGTERM, _unwind)
+        threading.Thread(target=self._await_sigterm, args=(woken,), name="sigterm", daemon=True).start()
+
+    def _await_sigterm(self, woken: int) -> None:
+        while os.read(woken, 1) != bytes([signal.SIGTERM]):
+            pass  # other signals wake it, too
+        try:
+            self.tell_terminated()
+            time.sleep(GRACE_S)
+        finally:
+            os._exit(1)
+
+
+def _unwind(_signum: int, _frame: Any) -> None:
+    """Not by an error: libraries would catch it, and try again."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(1)
+
+
+def cause(error: Exception, rank: int) -> tuple[Reason, str]:
+    """What is said of an error."""
+    if isinstance(error, RenderError):
+        return error.reason, str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        remedy = "use more GPUs, fewer dualParallel latents or a smaller video"
+        return Reason.OUT_OF_MEMORY, f"rank {rank} is out of GPU memory: {remedy}: {error}"
+    return Reason.CRASHED, f"rank {rank}: {type(error).__name__}: {error}"
 
 
 def render(config: Settings) -> str:
-    """This rank's part of the render; where the video is."""
+    """This rank's part of the render; on the first rank, where the video is."""
     videojob = _videojob(config.spec)
     plan = videojob_api.plan.plan(videojob.spec)
     reporter = report.Reporter(plan, videojob.spec.video.fps, config.attempt, time.time)
+    device = _device(config)
     with ExitStack() as stack:
+        output = None
         if config.rank == 0:
             stack.enter_context(report.serving(reporter, config.port))
-        device = _device(config)
-        target = _target(config, videojob) if config.rank == 0 else None
+            output = stack.enter_context(Output.take(_store(config, videojob), videojob, config.attempt))
         model = _model(source.fetch(videojob.spec.model.source, config.scratch), videojob)
         layers = topology.shares(model.layers, config.world_size)[config.rank]
         stage = wan.load(model.folder / "transformer", layers, getattr(torch, config.dtype), device)
         log.info("holds layers %d to %d of %d on %s", layers.start, layers.stop - 1, model.layers, device)
         link = TorchLink(device, timedelta(seconds=config.peer_timeout_s))
-        stack.callback(link.close)
         scheduler = sampler.load(model.folder, videojob.spec.sampling, device)
         shared = _conditions(videojob, model, stage, link, scheduler.timesteps, config, device)
-        if target is None:
-            Ring(plan, model.grid, stage, shared, link, None).run(_nothing, _nothing)
-            return ""
-        noises = noise(plan, model.channels, *model.grid, videojob.spec.sampling.seed)
-        ring = Ring(plan, model.grid, stage, shared, link, Blocks(plan, scheduler, noises, device))
-        return _lead(config, videojob, ring, reporter, target, model, device)
+        blocks = None
+        if output is not None:
+            noises = noise(plan, model.channels, *model.grid, videojob.spec.sampling.seed)
+            blocks = Blocks(plan, scheduler, noises, device)
+        ring = Ring(plan, model.grid, stage, shared, link, blocks)
+        if output is None:
+            ring.run(_nothing, _nothing)
+        else:
+            _lead(config, videojob, ring, reporter, output, load_vae(model.folder, device))
+        link.close()  # not after an error: it would wait for the other ranks
+        return "" if output is None else output.url("")
 
 
 def _lead(
@@ -114,19 +177,16 @@ def _lead(
     videojob: VideoJob,
     ring: Ring,
     reporter: report.Reporter,
-    target: store.Store,
-    model: Model,
-    device: torch.device,
-) -> str:
+    output: Output,
+    vae: AutoencoderKLWan,
+) -> None:
     """The first rank's part: render, publish every clean block at once, finish."""
     plan = videojob_api.plan.plan(videojob.spec)
-    vae = load_vae(model.folder, device)
     dump: list[Tensor] = []
     publisher = Publisher(
         videojob,
-        attempt=config.attempt,
+        output=output,
         decoder=StreamingDecoder(vae),
-        store=target,
         scratch=config.scratch,
         on_segment=lambda segment: reporter.segment_ready(segment.frames),
     )
@@ -142,14 +202,13 @@ def _lead(
 
     with publisher:
         reporter.stage(Stage.RENDERING)
-        ring.run(on_result, _nothing)
+        ring.run(on_result, publisher.check)
         reporter.stage(Stage.FINISHING)
         if config.dump_latents is not None:
             latents = torch.cat(dump, dim=2).contiguous()
             safetensors.torch.save_file({"latents": latents}, config.dump_latents)
         publisher.finish()
     reporter.stage(Stage.SUCCEEDED)
-    return target.url("")
 
 
 def load_vae(folder: Path, device: torch.device) -> AutoencoderKLWan:
@@ -160,7 +219,7 @@ def load_vae(folder: Path, device: torch.device) -> AutoencoderKLWan:
     """
     try:
         vae = AutoencoderKLWan.from_pretrained(
-            folder, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
+            folder, subfolder="vae", dtype=torch.float32, use_safetensors=True, local_files_only=True
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelInvalidError(f"the VAE in {folder} cannot be loaded: {error}") from error
@@ -188,10 +247,10 @@ def _device(config: Settings) -> torch.device:
     return torch.device("cuda", config.local_rank)
 
 
-def _target(config: Settings, videojob: VideoJob) -> store.Store:
+def _store(config: Settings, videojob: VideoJob) -> Store:
     if config.output_dir is not None:
-        return store.FolderStore(config.output_dir)
-    return store.S3Store(videojob.spec.output.s3)
+        return FolderStore(config.output_dir)
+    return S3Store(videojob.spec.output.s3)
 
 
 def _model(folder: Path, videojob: VideoJob) -> Model:
@@ -237,18 +296,6 @@ def _conditions(
         dtype=dtype,
         device=device,
     )
-
-
-def _leave(config: Settings, outcome: Outcome, reason: Reason, message: str) -> None:
-    retryable = outcome is Outcome.FAILED and reason not in PERMANENT
-    report.leave(
-        report.last_words(outcome, reason, message, retryable=retryable, attempt=config.attempt), config.last_words
-    )
-
-
-def _terminate(_signum: int, _frame: Any) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise TerminatedError("the worker was asked to stop (SIGTERM)")
 
 
 def _nothing(*_: object) -> None:

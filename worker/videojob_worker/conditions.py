@@ -52,13 +52,20 @@ def encode(folder: Path, prompts: Sequence[str], dtype: torch.dtype, device: tor
     """
     try:
         encoder = WanPipeline.from_pretrained(
-            folder, transformer=None, transformer_2=None, vae=None, torch_dtype=dtype, local_files_only=True
-        ).to(device)
+            folder,
+            transformer=None,
+            transformer_2=None,
+            vae=None,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+        )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelInvalidError(f"the text encoder in {folder} cannot be loaded: {error}") from error
     shared = encoder.text_encoder.shared.weight
     if shared.data_ptr() != encoder.text_encoder.encoder.embed_tokens.weight.data_ptr():
         raise ModelInvalidError("the text encoder's embeddings are not tied: use transformers 5.6 or newer")
+    encoder.to(device)
     with torch.inference_mode():
         embeds = {prompt: _embed(encoder, prompt, device) for prompt in dict.fromkeys(prompts)}
     return [embeds[prompt] for prompt in prompts]

@@ -5,7 +5,6 @@
     ├── ModelNotFoundError        the source holds no such model
     ├── ModelInvalidError         a file of the model is missing, broken or of an unknown class
     ├── PeerLostError             a rank vanished or stopped answering
-    ├── TerminatedError           asked to stop
     └── StorageError
         ├── AccessDeniedError         the credentials are refused
         ├── BucketNotFoundError       the bucket does not exist
@@ -50,12 +49,6 @@ class PeerLostError(RenderError):
     """A rank vanished or stopped answering."""
 
     reason = Reason.PEER_LOST
-
-
-class TerminatedError(RenderError):
-    """The worker was asked to stop."""
-
-    reason = Reason.TERMINATED
 
 
 class StorageError(RenderError):

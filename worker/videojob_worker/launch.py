@@ -7,32 +7,55 @@ nothing, and the others only that they were asked to stop; this process is the o
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
-
-from torch.distributed import run as torchrun
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from typing import Any, NoReturn
 
 from videojob_api.progress import Outcome, Reason
 
 from . import report, settings
 
+log = logging.getLogger(__name__)
+
 
 def main() -> None:
     """Run the ranks of this node until all have ended."""
     config = settings.read()
+
+    def stop(number: int, _frame: Any) -> NoReturn:
+        _terminated(config, number)
+
+    # torchrun heeds SIGTERM only once its ranks run, and the kernel spares a container's first process what it does not
+    # heed: without this, a pod that is deleted while torch is being imported stays for its whole grace period.
+    signal.signal(signal.SIGTERM, stop)
+    _run(config)
+
+
+def _run(config: settings.Settings) -> None:
+    from torch.distributed import DistError
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
     try:
-        torchrun.run(torchrun.parse_args(sys.argv[1:]))
+        torchrun.run(torchrun.parse_args(sys.argv[1:]))  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
         for rank, failure in sorted(error.failures.items()):
             if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:  # that one was torchrun's own
                 _leave(config, Reason.RANK_KILLED, killed(rank, -failure.exitcode))
         sys.exit(1)
+    except DistError as error:
+        log.exception("no rendezvous")
+        _leave(config, Reason.PEER_LOST, f"this node and the first one did not find, or lost, each other: {error}")
+        sys.exit(1)
     except SignalException as error:
-        name = signal.Signals(error.sigval).name
-        _leave(config, Reason.TERMINATED, f"the worker was asked to stop ({name})")
-        sys.exit(128 + error.sigval)
+        _terminated(config, error.sigval)
+
+
+def _terminated(config: settings.Settings, number: int) -> NoReturn:
+    _leave(config, Reason.TERMINATED, f"the worker was asked to stop ({signal.Signals(number).name})")
+    sys.exit(128 + number)
 
 
 def killed(rank: int, number: int) -> str:

@@ -21,12 +21,12 @@ def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
 
 
 KubectlLoader.yaml_implicit_resolvers = _resolvers()
-KubectlLoader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+KubectlLoader.add_implicit_resolver(
     "tag:yaml.org,2002:int",
     re.compile(r"^[-+]?(0b[01_]+|0o?[0-7_]+|0x[0-9a-fA-F_]+|0|[1-9][0-9_]*)$"),
     list("-+0123456789"),
 )
-KubectlLoader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+KubectlLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^([-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
     list("-+0123456789."),

@@ -39,7 +39,7 @@ from videojob_api.spec import VideoJob
 from . import segments
 from .errors import RenderError
 from .segments import H264, Frames, Segment
-from .store import Output, Store, sha256_of
+from .store import Output, sha256_of
 
 log = logging.getLogger(__name__)
 
@@ -59,13 +59,12 @@ class Decoder(Protocol):
 
 
 class Publisher:
-    """Publishes one video; a context manager. Entered, it claims the prefix; left early, it stops at once.
+    """Publishes one video; a context manager. Entered, it takes over older lists; left early, it stops at once.
 
     Args:
         videojob: what is rendered.
-        attempt: its number, from 1.
+        output: the prefix that this attempt has claimed.
         decoder: at the video's begin; closed in the end.
-        store: for the output prefix.
         scratch: a folder with room for twice the finished video.
         on_segment: called, in the publisher's thread, for each segment that the playlist names.
         codec: how to compress.
@@ -78,9 +77,8 @@ class Publisher:
         self,
         videojob: VideoJob,
         *,
-        attempt: int,
+        output: Output,
         decoder: Decoder,
-        store: Store,
         scratch: Path,
         on_segment: Callable[[Segment], None],
         codec: H264 = segments.DEFAULT,
@@ -90,9 +88,8 @@ class Publisher:
     ) -> None:
         self._videojob = videojob
         self._plan = videojob_api.plan.plan(videojob.spec)
-        self._attempt = attempt
+        self._output = output
         self._decoder = decoder
-        self._store = store
         self._scratch = scratch
         self._on_segment = on_segment
         self._codec = codec
@@ -115,17 +112,16 @@ class Publisher:
         self._playlist = ""
 
     def __enter__(self) -> Self:
-        """Claim the prefix and start.
+        """Take over what an older attempt listed, and start.
 
         Raises:
-            OutputConflictError: another job, or a newer attempt of this one, writes there.
+            OutputConflictError: a newer attempt has taken over.
             StorageError: storage cannot be used.
         """
-        self._output = Output.take(self._store, self._videojob, self._attempt)
         self._inherit()
         self._scratch.mkdir(parents=True, exist_ok=True)
         self._folder = tempfile.TemporaryDirectory(prefix="publisher-", dir=self._scratch)
-        self._growing = Path(self._folder.name, "growing.mp4").open("wb")
+        self._growing = Path(self._folder.name, "growing.mp4")
         self._thread.start()
         return self
 
@@ -157,6 +153,15 @@ class Publisher:
             self._waiting.append((block, copy))
             self._submitted += 1
             self._changed.notify_all()
+
+    def check(self) -> None:
+        """See whether all is well, without waiting.
+
+        Raises:
+            RenderError: publishing an earlier block failed.
+        """
+        with self._changed:
+            self._raise_failure()
 
     def finish(self) -> None:
         """After the last block: wait for its segment, write the whole video, close the playlist, write the manifest.
@@ -193,7 +198,6 @@ class Publisher:
             log.warning("the publisher's last call is not back after %.0f s; going without it", self._grace_s)
             return
         self._decoder.close()
-        self._growing.close()
         self._folder.cleanup()
 
     # In the caller's thread
@@ -221,9 +225,8 @@ class Publisher:
         self._list_segments()
 
     def _join(self, video: Path) -> None:
-        self._growing.close()
         with self._timed("encode"):
-            frames = segments.remux(Path(self._growing.name), video)
+            frames = segments.remux(self._growing, video)
         if frames != self._plan.frames:
             raise RenderError(f"{names.VIDEO} has {frames} frames where {self._plan.frames} are due")
 
@@ -261,7 +264,8 @@ class Publisher:
                 self._output.write(names.INIT_SEGMENT, segment.init)
             self._entries.append(_entry(segment))
             self._list_segments()
-        self._growing.write(segment.media if block else segment.init + segment.media)
+        with self._growing.open("ab") as growing:
+            growing.write(segment.media if block else segment.init + segment.media)
         self._on_segment(segment)
 
     def _encode(self, block: int, latents: Tensor) -> Segment:
@@ -315,7 +319,7 @@ class Publisher:
             self._videojob.spec.video.fps,
             longest=max(plan.wanted_frames(block) for block in range(min(2, plan.blocks))),
             ended=ended,
-            note=f"attempt={self._attempt} writer={self._output.writer}",
+            note=f"attempt={self._output.attempt} writer={self._output.writer}",
         )
         if text != self._playlist:
             self._output.write(names.PLAYLIST, text.encode())
@@ -329,7 +333,7 @@ class Publisher:
         now = self._clock()
         return {
             "videoJob": {"namespace": about.namespace, "name": about.name, "uid": about.uid},
-            "attempt": self._attempt,
+            "attempt": self._output.attempt,
             "specDigest": spec.digest(),
             "video": {
                 "object": names.VIDEO,

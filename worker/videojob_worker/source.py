@@ -9,8 +9,8 @@ import fcntl
 import logging
 from pathlib import Path
 
+from huggingface_hub import errors as hub
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from videojob_api import names
 from videojob_api.spec import HuggingFaceSource, Source
@@ -21,6 +21,7 @@ from .errors import AccessDeniedError, ModelNotFoundError, StorageUnavailableErr
 log = logging.getLogger(__name__)
 
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]  # never pickles, never code
+_HTTPError: type[Exception] = hub.HTTPError  # type: ignore[attr-defined] # of whichever HTTP library it uses
 
 
 def fetch(source: Source, scratch: Path) -> Path:
@@ -60,12 +61,25 @@ def _from_hub(source: HuggingFaceSource, scratch: Path) -> Path:
         folder = snapshot_download(
             source.repository, revision=source.revision, cache_dir=scratch / "hub", allow_patterns=FILES
         )
-    except GatedRepoError as error:
+    except hub.GatedRepoError as error:
         raise AccessDeniedError(
-            f"{name} is gated: accept its licence and give spec.model.source tokenSecret"
+            f"{name} is gated: accept its licence and give spec.model.source.huggingFace.tokenSecret"
         ) from error
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise ModelNotFoundError(f"{name} does not exist, or is private and no tokenSecret is given") from error
-    except (HfHubHTTPError, OSError) as error:
+    except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError) as error:
+        raise ModelNotFoundError(
+            f"{name} does not exist, or is private and no spec.model.source.huggingFace.tokenSecret is given"
+        ) from error
+    except (_HTTPError, OSError, ValueError) as error:
+        if _refused(error):
+            raise AccessDeniedError(
+                f"{name} is closed to this token: correct spec.model.source.huggingFace.tokenSecret"
+            ) from error
         raise StorageUnavailableError(f"{name} cannot be fetched: {error}") from error
     return _existing(Path(folder), "spec.model.source.huggingFace")
+
+
+def _refused(error: BaseException | None) -> bool:
+    """Whether the hub's answer, wrapped or not, was that the token does not do."""
+    if isinstance(error, hub.HfHubHTTPError) and error.response.status_code in (401, 403):
+        return True
+    return error is not None and _refused(error.__cause__)

@@ -33,10 +33,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeVar
+from types import TracebackType
+from typing import Any, Final, Protocol, Self, TypeVar
 from urllib.parse import quote, urlsplit
 
 import boto3
@@ -50,6 +51,7 @@ from botocore.exceptions import (
     NoCredentialsError,
     PartialCredentialsError,
 )
+from botocore.exceptions import ConnectionError as UnreachableError
 
 from videojob_api import names
 from videojob_api.spec import S3Location, VideoJob
@@ -155,11 +157,16 @@ def _ignore(_done: int, _total: int) -> None:
 
 
 class Output:
-    """A prefix that one attempt has claimed; see the module's docstring. Made by ``take``."""
+    """A prefix that one attempt has claimed; see the module's docstring. Made by ``take``.
 
-    def __init__(self, store: Store, attempt: int, claim: bytes, *, inherited: bool) -> None:
+    A context manager: an attempt that fails before it wrote anything gives a fresh claim back, so that the job may be
+    corrected and started again.
+    """
+
+    def __init__(self, store: Store, attempt: int, claim: Stored, *, inherited: bool) -> None:
         self._store = store
         self._claim = claim
+        self._touched = False  # whether this attempt has tried to write
         self._versions: dict[str, str | None] = {}
         self.attempt = attempt
         self.inherited = inherited
@@ -183,12 +190,13 @@ class Output:
         older: Stored | None = None
         for _ in range(_ROUNDS):
             try:
-                store.put(CLAIM, claim.body, attempt=attempt, replaces=_version(older))
+                version = store.put(CLAIM, claim.body, attempt=attempt, replaces=_version(older))
                 break
             except StaleError:
                 found = store.read(CLAIM)
                 if found is not None and found.body == claim.body:
-                    break  # only the reply was lost
+                    version = found.version  # only the reply was lost
+                    break
                 older = found
                 if older is not None:
                     claim.supersedes(older.body, store.url(""))
@@ -196,12 +204,25 @@ class Output:
             raise OutputConflictError(f"several writers contend for {store.url('')}; stop all but one")
         if older is None:
             _refuse_strangers(store)
-        return cls(store, attempt, claim.body, inherited=older is not None)
+        return cls(store, attempt, Stored(claim.body, version), inherited=older is not None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None or self._touched or self.inherited:
+            return
+        self.abort()  # a claim that stays is no reason to wait
+        with suppress(StaleError, StorageError):
+            self.check()
+            self._store.delete(CLAIM, self._claim.version)
 
     @property
     def writer(self) -> str:
         """This process's mark."""
-        return str(json.loads(self._claim)["writer"])
+        return str(json.loads(self._claim.body)["writer"])
 
     def url(self, key: str) -> str:
         """Where a player would look for the object."""
@@ -218,6 +239,7 @@ class Output:
             OutputConflictError: a newer attempt has taken over.
             StorageError: as the store's methods.
         """
+        self._touched = True
         version = self._versions.get(key)
         for _ in range(_ROUNDS):
             try:
@@ -241,6 +263,7 @@ class Output:
             sha256: the file's digest.
             progress: called now and then with bytes sent and bytes in all.
         """
+        self._touched = True
         for _ in range(_ROUNDS):
             found = self._store.head(key)
             if found is not None and found.sha256 == sha256:
@@ -278,7 +301,7 @@ class Output:
         found = self._store.read(CLAIM)
         if found is None:
             raise OutputConflictError(f"{self.url(CLAIM)} was removed during the render; start the job again")
-        if found.body != self._claim:
+        if found.body != self._claim.body:
             raise OutputConflictError(
                 f"attempt {self.attempt} has lost {self.url('')} to attempt {_Claim.attempt_of(found.body)} of this "
                 "VideoJob and stops; nothing needs to be done"
@@ -741,16 +764,16 @@ class S3Store:
     def _try_conditions(self) -> bool:
         """Write an object twice under the condition that it is absent; a good server refuses the second time."""
         key = self._key(f".videojob-probe-{secrets.token_hex(8)}")
+        refuses = False
         try:
             for _ in range(2):
                 self._call(self._client.put_object, Key=key, Body=b"", IfNoneMatch="*")
         except StaleError:
-            return True
+            refuses = True
         except _UnsupportedError:
-            return False
-        finally:
-            self._forget(self._client.delete_object, Key=key)
-        return False
+            pass
+        self._forget(self._client.delete_object, Key=key)
+        return refuses
 
     # Calls and their errors
 
@@ -840,7 +863,7 @@ def _transient(error: Exception) -> bool:
     if isinstance(error, ClientError):
         busy = _status(error) >= 500 or _status(error) == 429
         return (busy and _code(error) != "NotImplemented") or _code(error) in _TRANSIENT
-    return isinstance(error, HTTPClientError | IncompleteReadError | CredentialRetrievalError)
+    return isinstance(error, UnreachableError | HTTPClientError | IncompleteReadError | CredentialRetrievalError)
 
 
 def _labels(key: str, attempt: int, sha256: str) -> dict[str, Any]:

@@ -1,0 +1,161 @@
+"""Prompts and timesteps are encoded once, as diffusers does it, and shared with every rank."""
+
+from __future__ import annotations
+
+import gc
+import threading
+
+import pytest
+import torch
+from diffusers import WanPipeline
+from torch import Tensor
+from transformers import UMT5EncoderModel
+
+from videojob_worker import conditions, wan
+from videojob_worker.conditions import Conditions
+from videojob_worker.errors import ModelInvalidError
+from videojob_worker.link import LocalLink
+
+CPU = torch.device("cpu")
+WIDTH = 24  # the tiny model's inner dimension
+TIMESTEPS = torch.tensor([999, 500, 20])
+PROMPTS = [
+    "a fox",
+    "",
+    "  two   spaces\tand\nnew lines  ",
+    "&lt;b&gt; &amp;amp; \"quotes\" 'and' `ticks` $(x) %s {y}",
+    "ﬁne ｗｉｄｅ “curly” 🦊 日本語 e\u0301",
+    "â€œmangledâ€\x9d",
+    "long " * 1000,
+]
+
+
+def numbered(count: int, *shape: int) -> Tensor:
+    return torch.arange(count, dtype=torch.float32).view(-1, *(1 for _ in shape)).expand(count, *shape).contiguous()
+
+
+def made(scenes: int = 3, guidance: float | None = 5.0) -> Conditions:
+    return Conditions(numbered(scenes + 1, 512, WIDTH), numbered(4, WIDTH), numbered(4, 6, WIDTH), guidance)
+
+
+@pytest.fixture
+def first(tiny_model) -> wan.WanStage:
+    return wan.load(tiny_model / "transformer", range(4), torch.float32, CPU)
+
+
+# --- Looking them up
+
+
+def test_every_scene_has_its_context_and_all_share_the_unconditional_one():
+    shared = made(scenes=3)
+    assert [int(shared.context(scene, 0)[0, 0, 0]) for scene in range(3)] == [0, 1, 2]
+    assert [int(shared.context(scene, 1)[0, 0, 0]) for scene in range(3)] == [3, 3, 3]
+    assert shared.context(1, 0).shape == (1, 512, WIDTH)
+
+
+@pytest.mark.parametrize(("guidance", "branches"), [(5.0, 2), (None, 1)])
+def test_guidance_takes_a_second_pass(guidance, branches):
+    assert made(guidance=guidance).branches == branches
+
+
+# --- Sharing
+
+
+def share(link: LocalLink, computed: Conditions | None) -> Conditions:
+    return conditions.share(
+        link, computed, scenes=3, steps=4, width=WIDTH, guidance_scale=5.0, dtype=torch.float32, device=CPU
+    )
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+def test_every_rank_gets_the_first_ones(ranks):
+    got: dict[int, Conditions] = {}
+
+    def rank(link: LocalLink) -> None:
+        got[link.rank] = share(link, made() if link.rank == 0 else None)
+
+    threads = [threading.Thread(target=rank, args=(link,)) for link in LocalLink.ring(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(got) == list(range(ranks))
+    for mine in got.values():
+        assert torch.equal(mine.contexts, made().contexts)
+        assert torch.equal(mine.embeddings, made().embeddings)
+        assert torch.equal(mine.projections, made().projections)
+        assert mine.guidance_scale == 5.0
+
+
+# --- Computing
+
+
+def test_one_context_a_prompt_and_one_embedding_a_step(first):
+    embeds = [torch.randn((1, 512, 32), generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    contexts = [first.condition(embed) for embed in embeds]
+    computed = conditions.compute(first, embeds, TIMESTEPS, 5.0)
+    assert torch.equal(computed.contexts, torch.cat(contexts))
+    assert computed.embeddings.shape == (3, WIDTH)
+    assert computed.projections.shape == (3, 6, WIDTH)
+    assert len(computed.embeddings.unique(dim=0)) == 3
+
+
+def test_the_condition_embedder_is_dropped(first):
+    conditions.compute(first, [torch.zeros((1, 512, 32))], TIMESTEPS, None)
+    assert first.condition_embedder is None
+    assert not [name for name, _ in first.named_parameters() if name.startswith("condition_embedder")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_is_of_the_dtype_that_the_other_ranks_expect(tiny_model, dtype):
+    stage = wan.load(tiny_model / "transformer", range(4), dtype, CPU)
+    computed = conditions.compute(stage, [torch.zeros((1, 512, 32), dtype=dtype)], TIMESTEPS, 5.0)
+    assert {computed.contexts.dtype, computed.embeddings.dtype, computed.projections.dtype} == {dtype}
+
+
+# --- Encoding
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_model) -> WanPipeline:
+    return WanPipeline.from_pretrained(tiny_model, transformer=None, vae=None)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_a_prompt_is_encoded_as_diffusers_does(prompt, pipeline, tiny_model):
+    (mine,) = conditions.encode(tiny_model, [prompt], torch.float32, CPU)
+    with torch.inference_mode():
+        theirs, _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=512)
+    assert mine.shape == (1, 512, 32)
+    assert torch.equal(mine, theirs)
+
+
+def test_a_negative_prompt_is_encoded_as_diffusers_does(pipeline, tiny_model):
+    _, mine = conditions.encode(tiny_model, ["a fox", "blurry, ugly"], torch.float32, CPU)
+    with torch.inference_mode():
+        _, theirs = pipeline.encode_prompt("a fox", "blurry, ugly", max_sequence_length=512)
+    assert torch.equal(mine, theirs)
+
+
+def test_embeddings_come_in_the_prompts_order(tiny_model):
+    one, two, again = conditions.encode(tiny_model, ["a fox", "a boat", "a fox"], torch.float32, CPU)
+    assert torch.equal(one, again)
+    assert not torch.equal(one, two)
+
+
+def test_the_text_encoder_is_freed(tiny_model):
+    gc.collect()
+    before = sum(type(thing) is UMT5EncoderModel for thing in gc.get_objects())
+    conditions.encode(tiny_model, ["a fox"], torch.float32, CPU)
+    assert sum(type(thing) is UMT5EncoderModel for thing in gc.get_objects()) == before
+
+
+def test_encoding_says_nothing_that_alarms(tiny_model, recwarn, caplog):
+    conditions.encode(tiny_model, ["a fox"], torch.bfloat16, CPU)
+    assert [str(warning.message) for warning in recwarn] == []
+    assert caplog.text == ""
+
+
+def test_a_missing_text_encoder_is_named(tmp_path):
+    with pytest.raises(ModelInvalidError, match=f"the text encoder in {tmp_path} cannot be loaded"):
+        conditions.encode(tmp_path, ["a fox"], torch.float32, CPU)

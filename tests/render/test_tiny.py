@@ -1,0 +1,71 @@
+"""The tiny model is a Wan repository that stock diffusers reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import WanPipeline
+
+from videojob_worker import tiny
+
+SHARDS = "diffusion_pytorch_model-*.safetensors"
+INDEX = "diffusion_pytorch_model.safetensors.index.json"
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_stock_diffusers_loads_it_and_renders(tiny_model):
+    pipeline = WanPipeline.from_pretrained(tiny_model)
+    pipeline.set_progress_bar_config(disable=True)
+    frames = pipeline(
+        "a fox",
+        height=32,
+        width=48,
+        num_frames=5,
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(0),
+        output_type="pt",
+    ).frames
+    assert frames.shape == (1, 5, 3, 32, 48)
+    assert torch.isfinite(frames).all()
+
+
+def test_the_transformer_lies_in_several_shards_with_an_index(tiny_model):
+    folder = tiny_model / "transformer"
+    shards = {path.name for path in folder.glob(SHARDS)}
+    weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+    assert len(shards) > 2
+    assert set(weight_map.values()) == shards
+    assert {path.name for path in folder.iterdir()} == {*shards, INDEX, "config.json"}
+
+
+def test_no_file_is_a_pickle(tiny_model):
+    assert {Path(name).suffix for name in content(tiny_model)} <= {".json", ".safetensors", ".model", ".txt"}
+
+
+def test_the_same_seed_gives_the_same_bytes(tiny_model, tmp_path):
+    tiny.save(tmp_path / "again")
+    assert content(tmp_path / "again") == content(tiny_model)
+
+
+def test_another_seed_gives_other_weights_in_the_same_files(tiny_model, tmp_path):
+    tiny.save(tmp_path / "other", seed=1)
+    mine, other = content(tmp_path / "other"), content(tiny_model)
+    assert mine.keys() == other.keys()
+    assert not [name for name in mine if name.endswith(".safetensors") and mine[name] == other[name]]
+
+
+def test_making_one_leaves_the_callers_randomness_alone(tmp_path):
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    tiny.save(tmp_path / "model", layers=2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_it_has_as_many_layers_as_asked_for(tmp_path):
+    tiny.save(tmp_path / "model", layers=3)
+    assert json.loads((tmp_path / "model" / "transformer" / "config.json").read_text())["num_layers"] == 3
