@@ -47,7 +47,7 @@ class Cluster(Access):
     Args:
         nodes: how many; each offers 8 `nvidia.com/gpu`. With 0 there is an API server and no place to run a pod.
         progress: is told each step.
-        host_folders: further folders of this machine that all containers see, read-only, at the same path.
+        host_folders: further folders of this machine that all containers see, read-only, at ``images.inside`` of them.
     """
 
     def __init__(self, nodes: int = 2, progress: Progress = _silent, host_folders: Iterable[Path] = ()) -> None:

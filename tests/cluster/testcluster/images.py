@@ -39,9 +39,18 @@ MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 INDEX = "application/vnd.oci.image.index.v1+json"
 
 
+COVERED = Path("/tmp")  # pods mount volumes of their own there
+ELSEWHERE = Path("/host")
+
+
+def inside(path: Path) -> Path:
+    """Where a container finds a path of this machine: at the same place, unless a pod's own volume would cover it."""
+    return ELSEWHERE / path.relative_to("/") if path.is_relative_to(COVERED) else path
+
+
 @dataclass(frozen=True)
 class HostFolders:
-    """This machine's folders as containers see them: mounts at the same path, and symbolic links made anew."""
+    """This machine's folders as containers see them: mounts at ``inside`` of them, and symbolic links made anew."""
 
     mounts: tuple[Path, ...]
     links: tuple[tuple[Path, Path], ...]
@@ -64,7 +73,8 @@ def base_specification(ctr: Path, folders: HostFolders) -> str:
     specification["process"].pop("rlimits")
     options = ["rbind", "ro", "nosuid", "nodev"]
     specification["mounts"] += [
-        {"destination": str(path), "type": "bind", "source": str(path), "options": options} for path in folders.mounts
+        {"destination": str(inside(path)), "type": "bind", "source": str(path), "options": options}
+        for path in folders.mounts
     ]
     return json.dumps(specification, indent=2)
 
@@ -111,8 +121,10 @@ def _add(blobs: dict[str, bytes], media_type: str, content: bytes) -> dict[str, 
 
 def _environment() -> list[str]:
     system = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    packages = ":".join(str(inside(REPOSITORY / folder)) for folder in ("operator", "worker"))
     return [
-        f"PATH={sys.prefix}/bin:{system}",
+        f"PATH={inside(Path(sys.prefix))}/bin:{system}",
+        f"PYTHONPATH={packages}",
         "HOME=/tmp",
         "LANG=C.UTF-8",
         "PYTHONDONTWRITEBYTECODE=1",
@@ -126,10 +138,10 @@ def _pause_layer(pause: Path) -> bytes:
 
 def _host_layer(folders: HostFolders) -> bytes:
     """Empty mount points and links, so that a container's paths do not depend on who makes them."""
-    points = {path for path in folders.mounts if path.is_dir()} | {Path("/tmp"), Path("/etc")}
-    parents = {parent for path in folders.mounts for parent in path.parents}
+    points = {inside(path) for path in folders.mounts if path.is_dir()} | {Path("/tmp"), Path("/etc")}
+    parents = {parent for path in folders.mounts for parent in inside(path).parents}
     entries = [_folder(path) for path in sorted(points | parents) if path != Path("/")]
-    entries += [_file(str(path)[1:], b"") for path in folders.mounts if not path.is_dir()]
+    entries += [_file(str(inside(path))[1:], b"") for path in folders.mounts if not path.is_dir()]
     entries += [_link(path, target) for path, target in folders.links]
     entries += [_file(name, text.encode()) for name, text in ACCOUNTS.items()]
     return _tar(entries)
