@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,3 +18,21 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "tiny-wan"
     tiny.save(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Gives such a repository of any kind of model."""
+    from videojob_worker import tiny
+    from videojob_worker.models import Kind
+
+    made = {Kind.WAN21: tiny_model}
+
+    def give(name: str) -> Path:
+        kind = Kind(name)
+        if kind not in made:
+            made[kind] = tmp_path_factory.mktemp("model") / f"tiny-{kind}"
+            tiny.save(made[kind], kind=kind)
+        return made[kind]
+
+    return give

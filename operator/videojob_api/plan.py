@@ -9,25 +9,25 @@ share a noise level; the first block holds ``context_latents`` more.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 from .spec import Spec
 
 FRAMES_PER_LATENT = 4  # temporal compression of the Wan VAEs
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, kw_only=True)
+class Cut:
     """How a video of ``frames`` frames is cut into blocks."""
 
     frames: int
     block_latents: int
     context_latents: int
-    steps: int
     scene_ends: tuple[int, ...] = ()  # the frame at which each scene ends; () is one scene
 
     def __post_init__(self) -> None:
-        if self.frames < 1 or self.block_latents < 1 or self.steps < 1:
-            raise ValueError(f"frames, block_latents and steps must be at least 1: {self}")
+        if self.frames < 1 or self.block_latents < 1:
+            raise ValueError(f"frames and block_latents must be at least 1: {self}")
         if not 0 <= self.context_latents <= self.block_latents:
             raise ValueError(f"context_latents must lie between 0 and block_latents: {self}")
 
@@ -40,16 +40,6 @@ class Plan:
     def blocks(self) -> int:
         """Blocks to render; the last one may hold surplus latents, which are dropped."""
         return max(1, -(-(self.latents - self.context_latents) // self.block_latents))
-
-    @property
-    def sweeps(self) -> int:
-        """Passes over the queue until the last block is clean."""
-        return self.steps + self.blocks - 1
-
-    @property
-    def turns(self) -> int:
-        """(block, step) pairs in all."""
-        return self.steps * self.blocks
 
     def own_latents(self, block: int) -> int:
         """Latents that belong to the block, surplus ones included."""
@@ -78,6 +68,28 @@ class Plan:
         return next((index for index, end in enumerate(self.scene_ends) if first < end), 0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Plan(Cut):
+    """A cut, and in how many steps each of its blocks is denoised."""
+
+    steps: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1: {self}")
+
+    @property
+    def sweeps(self) -> int:
+        """Passes over the queue until the last block is clean."""
+        return self.steps + self.blocks - 1
+
+    @property
+    def turns(self) -> int:
+        """(block, step) pairs in all."""
+        return self.steps * self.blocks
+
+
 def latents_of(frames: int) -> int:
     """Latents needed for a number of frames."""
     return -(-(frames - 1) // FRAMES_PER_LATENT) + 1
@@ -88,16 +100,23 @@ def frames_of(latents: int) -> int:
     return 0 if latents == 0 else 1 + FRAMES_PER_LATENT * (latents - 1)
 
 
-def plan(spec: Spec) -> Plan:
-    """The plan of a spec."""
-    ends, total = [], 0
-    for scene in spec.all_scenes:
-        total += scene.frames
-        ends.append(total)
-    return Plan(
-        frames=total,
+def cut(spec: Spec) -> Cut:
+    """How a spec's video is cut into blocks."""
+    return Cut(
+        frames=spec.frames,
         block_latents=spec.dual_parallel.block_latents,
         context_latents=spec.dual_parallel.context_latents,
-        steps=spec.sampling.steps,
-        scene_ends=tuple(ends),
+        scene_ends=tuple(accumulate(scene.frames for scene in spec.all_scenes)),
     )
+
+
+def plan(spec: Spec) -> Plan:
+    """The plan of a spec that says in how many steps.
+
+    Raises:
+        ValueError: it leaves that to the model, which the worker alone knows.
+    """
+    steps = spec.sampling.steps
+    if steps is None:
+        raise ValueError("sampling.steps is not known before the model is")
+    return Plan(**vars(cut(spec)), steps=steps)

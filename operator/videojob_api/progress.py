@@ -23,6 +23,16 @@ class Stage(StrEnum):
     FAILED = "Failed"  # the last words say why
 
 
+class SamplingUsed(Model):
+    """How the latents are denoised: the spec's sampling, its silence filled by the kind of model."""
+
+    steps: Annotated[int, Field(ge=1)]
+    guidance_scale: float
+    guidance_scale_2: float | None = None
+    """Of the low-noise expert; absent where the model has none."""
+    flow_shift: float
+
+
 class Progress(Model):
     """The body of ``/progress``."""
 
@@ -30,7 +40,8 @@ class Progress(Model):
     attempt: Annotated[int, Field(ge=1)]
     turns_done: Annotated[int, Field(ge=0)]
     """(block, step) pairs computed."""
-    turns_total: Annotated[int, Field(ge=1)]
+    turns_total: Annotated[int, Field(ge=1)] | None = None
+    """Absent until the model is known, and so the number of steps."""
     blocks_done: Annotated[int, Field(ge=0)]
     """Blocks whose latents are clean."""
     blocks_total: Annotated[int, Field(ge=1)]
@@ -41,6 +52,8 @@ class Progress(Model):
     fps: Annotated[int, Field(ge=1)]
     eta_seconds: Annotated[float, Field(ge=0)] | None = None
     """Seconds until the end at the pace so far; absent until a pace is known."""
+    sampling: SamplingUsed | None = None
+    """Absent until the model is known."""
     updated_at: str
     """When this record last changed, RFC 3339."""
 
@@ -49,6 +62,8 @@ class Progress(Model):
         """Whole percent, 100 only when everything is in storage."""
         if self.stage is Stage.SUCCEEDED:
             return 100
+        if self.turns_total is None:
+            return 0
         done = 0.98 * self.turns_done / self.turns_total + 0.02 * self.frames_ready / self.frames_total
         return min(99, int(100 * done))
 

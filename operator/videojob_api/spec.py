@@ -69,7 +69,7 @@ class Video(Model):
     height: Annotated[int, Field(ge=32, le=4096, multiple_of=16)] = 480
     """Height in pixels, a multiple of 16."""
     fps: Annotated[int, Field(ge=1, le=120)] = 16
-    """Frames per second. Wan models are trained at 16."""
+    """Frames per second. Wan models are trained at 16, Wan2.2 TI2V-5B at 24."""
 
 
 class HuggingFaceSource(Model):
@@ -182,14 +182,19 @@ class ModelReference(Model):
 
 
 class Sampling(Model):
-    """How the latents are denoised."""
+    """How the latents are denoised. Where silent, as the kind of model was released; the status says what was taken."""
 
-    steps: Annotated[int, Field(ge=1, le=1000)] = 50
-    """Denoising steps of each block."""
-    guidance_scale: Annotated[float, Field(ge=0, le=100)] = 5.0
-    """Classifier-free guidance; at 1 or below the unconditional pass is left out and the work halves."""
+    steps: Annotated[int, Field(ge=1, le=1000)] | None = None
+    """Denoising steps of each block; without it 40 for Wan2.2 T2V-A14B and 50 for all others."""
+    guidance_scale: Annotated[float, Field(ge=0, le=100)] | None = None
+    """Classifier-free guidance; without it 4 for Wan2.2 T2V-A14B and 5 for all others. At 1 or below there is none;
+    then the unconditional pass is left out and the work halves."""
+    guidance_scale_2: Annotated[float, Field(ge=0, le=100)] | None = None
+    """Guidance of the low-noise expert, only for models that have one; without it 3 for Wan2.2 T2V-A14B."""
     flow_shift: Annotated[float, Field(gt=0, le=100)] | None = None
-    """The schedule's shift; without it, the value in the model's scheduler. Wan: 3 for 480p, 5 for 720p."""
+    """The schedule's shift. Without it, by the kind of model and never by its scheduler's file, which does not know
+    the video's size: 12 for Wan2.2 T2V-A14B, 5 for Wan2.2 TI2V-5B, for Wan2.1 3 up to 480p (832 x 480 pixels) and 5
+    above."""
     seed: Annotated[int, Field(ge=0, le=2**53 - 1)] = 0
     """Seed of all noise. The same spec renders the same latents, whatever the number of GPUs."""
 

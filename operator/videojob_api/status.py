@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from .progress import SamplingUsed
 from .spec import Model
 
 
@@ -89,6 +90,8 @@ class Status(Model):
         Field(json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}),
     ] = ()
     progress: ProgressStatus | None = None
+    sampling: SamplingUsed | None = None
+    """What the attempt denoises with, once it has read the model."""
     output: OutputStatus | None = None
     start_time: Annotated[str, Field(json_schema_extra={"format": "date-time"})] | None = None
     """When the first pod began to run."""

@@ -12,7 +12,7 @@ from enum import StrEnum
 from typing import Any
 
 from videojob_api import names
-from videojob_api.plan import Plan, plan
+from videojob_api.plan import Cut, cut
 from videojob_api.progress import Progress, Stage
 from videojob_api.spec import S3Output, VideoJob
 from videojob_api.status import ConditionType, Phase
@@ -90,8 +90,10 @@ def status(raw: Object, videojob: VideoJob, observed: Observed, now: datetime) -
     if start := previous.get("startTime") or started:
         new["startTime"] = start
     new["output"] = output(videojob.spec.output.s3)
-    if progress := _progress(previous, plan(videojob.spec), videojob, observed, words.phase, now):
+    if progress := _progress(previous, cut(videojob.spec), videojob, observed, words.phase, now):
         new["progress"] = progress
+    if sampling := _sampling(previous, observed):
+        new["sampling"] = sampling
     return new
 
 
@@ -166,7 +168,7 @@ def _conditions(previous: Sequence[Object], words: Words, generation: int, now: 
 
 
 def _progress(
-    previous: Object, counts: Plan, videojob: VideoJob, observed: Observed, phase: Phase, now: datetime
+    previous: Object, counts: Cut, videojob: VideoJob, observed: Observed, phase: Phase, now: datetime
 ) -> Object | None:
     """The attempt's progress; what was last known of it while the worker does not answer."""
     fps = videojob.spec.video.fps
@@ -186,7 +188,15 @@ def _progress(
     return numbers
 
 
-def _numbers(counts: Plan, fps: int, percent: int, blocks: int, frames: int, segments: int) -> Object:
+def _sampling(previous: Object, observed: Observed) -> Object | None:
+    """What the worker denoises with; what was last known of it while the worker does not answer."""
+    if observed.progress is not None and observed.progress.sampling is not None:
+        return observed.progress.sampling.model_dump(mode="json", by_alias=True, exclude_none=True)
+    known: Object | None = previous.get("sampling")
+    return known
+
+
+def _numbers(counts: Cut, fps: int, percent: int, blocks: int, frames: int, segments: int) -> Object:
     return {
         "percent": percent,
         "summary": f"{percent}% ({blocks}/{counts.blocks})",

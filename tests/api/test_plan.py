@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from api_cases import AS_SCENES, document
 from videojob_api import validation
-from videojob_api.plan import Plan, frames_of, latents_of, plan
+from videojob_api.plan import Cut, Plan, cut, frames_of, latents_of, plan
 
 
 @st.composite
@@ -24,7 +24,7 @@ def plans(draw: st.DrawFn) -> Plan:
     )
 
 
-def cut(frames: int, block: int = 8, context: int = 8, steps: int = 50) -> Plan:
+def made(frames: int, block: int = 8, context: int = 8, steps: int = 50) -> Plan:
     return Plan(frames=frames, block_latents=block, context_latents=context, steps=steps)
 
 
@@ -95,12 +95,12 @@ def test_latents_hold_the_frames_with_less_than_one_latent_to_spare(frames):
     ],
 )
 def test_counted_by_hand(frames, block, context, latents, blocks):
-    planned = cut(frames, block, context)
+    planned = made(frames, block, context)
     assert (planned.latents, planned.blocks) == (latents, blocks)
 
 
 def test_a_small_plan_written_out():
-    planned = cut(frames=40, block=4, context=2, steps=3)  # 11 latents: 6 + 4 + 1 of 4
+    planned = made(frames=40, block=4, context=2, steps=3)  # 11 latents: 6 + 4 + 1 of 4
     blocks = range(planned.blocks)
     assert [planned.own_latents(block) for block in blocks] == [6, 4, 4]
     assert [planned.wanted_latents(block) for block in blocks] == [6, 4, 1]
@@ -110,10 +110,10 @@ def test_a_small_plan_written_out():
     assert (planned.sweeps, planned.turns) == (5, 9)
 
 
-def scenes(*frames: int) -> Plan:
+def scenes(*frames: int) -> Cut:
     asked = [{"prompt": f"Scene {index}", "frames": count} for index, count in enumerate(frames)]
     sizes = {"spec.dualParallel": {"blockLatents": 4, "contextLatents": 2}}
-    return plan(validation.read(document(AS_SCENES | sizes | {"spec.scenes": asked})).spec)
+    return cut(validation.read(document(AS_SCENES | sizes | {"spec.scenes": asked})).spec)
 
 
 @pytest.mark.parametrize(
@@ -146,16 +146,23 @@ def test_the_plan_of_a_spec_takes_its_numbers():
     assert planned == Plan(frames=81, block_latents=6, context_latents=4, steps=7, scene_ends=(81,))
 
 
+def test_blocks_are_counted_before_the_model_says_how_many_steps():
+    spec = validation.read(document()).spec
+    assert cut(spec) == Cut(frames=81, block_latents=8, context_latents=8, scene_ends=(81,))
+    with pytest.raises(ValueError, match=r"sampling.steps is not known"):
+        plan(spec)
+
+
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [
-        ({"frames": 0}, "frames, block_latents and steps must be at least 1"),
-        ({"frames": 9, "block": 0, "context": 0}, "frames, block_latents and steps must be at least 1"),
-        ({"frames": 9, "steps": 0}, "frames, block_latents and steps must be at least 1"),
+        ({"frames": 0}, "frames and block_latents must be at least 1"),
+        ({"frames": 9, "block": 0, "context": 0}, "frames and block_latents must be at least 1"),
+        ({"frames": 9, "steps": 0}, "steps must be at least 1"),
         ({"frames": 9, "context": 9}, "context_latents must lie between 0 and block_latents"),
         ({"frames": 9, "context": -1}, "context_latents must lie between 0 and block_latents"),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused(wrong, named):
     with pytest.raises(ValueError, match=named):
-        cut(**wrong)
+        made(**wrong)

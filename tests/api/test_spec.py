@@ -25,7 +25,7 @@ def test_a_minimal_document_gets_these_defaults():
     assert read().document()["spec"] == MINIMAL["spec"] | {
         "negativePrompt": "",
         "video": {"frames": 81, "width": 832, "height": 480, "fps": 16},
-        "sampling": {"steps": 50, "guidanceScale": 5.0, "seed": 0},
+        "sampling": {"seed": 0},
         "dualParallel": {"blockLatents": 8, "contextLatents": 8},
         "nodes": 1,
         "gpusPerNode": 8,
@@ -63,7 +63,7 @@ def test_the_length_is_the_sum_of_the_scenes():
         {"spec.resources.memory": "64Gi"},
         {"spec.output.s3": {"bucket": "elsewhere", "prefix": "p", "endpoint": "http://s3"}},
         {"metadata.name": "other", "metadata.namespace": "other", "metadata.uid": "u-2"},
-        {"spec.sampling.steps": 50, "spec.sampling.guidanceScale": 5, "spec.video.fps": 16.0},
+        {"spec.sampling.steps": None, "spec.sampling.seed": 0.0, "spec.video.fps": 16.0},
     ],
     ids=str,
 )
@@ -86,7 +86,9 @@ RENDERS = [
     {"spec.model.source": {"huggingFace": {"repository": "a/b", "revision": REVISION}}},
     {"spec.model.source": {"huggingFace": {"repository": "a/b", "revision": REVISION[::-1]}}},
     {"spec.sampling.steps": 51},
+    {"spec.sampling.steps": 50},
     {"spec.sampling.guidanceScale": 5.5},
+    {"spec.sampling.guidanceScale2": 5.5},
     {"spec.sampling.flowShift": 3},
     {"spec.sampling.seed": 1},
     {"spec.dualParallel.blockLatents": 9},

@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from videojob_api import names, validation
-from videojob_api.progress import LastWords, Outcome, Progress, Reason, Stage
+from videojob_api.progress import LastWords, Outcome, Progress, Reason, SamplingUsed, Stage
 from videojob_api.spec import VideoJob
 from videojob_operator.cluster import ConflictError, NameTakenError
 from videojob_operator.status import timestamp
@@ -98,6 +98,7 @@ def progress(turns: int = 15, segments: int = 0, stage: Stage = Stage.RENDERING,
         segments_ready=segments,
         fps=16,
         eta_seconds=eta,
+        sampling=SamplingUsed(steps=5, guidance_scale=4.0, guidance_scale_2=3.0, flow_shift=12.0),
         updated_at=timestamp(START),
     )
 

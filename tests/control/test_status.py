@@ -120,6 +120,15 @@ def test_a_worker_that_misses_a_poll_is_still_rendering():
     assert after["progress"] == before["progress"]
 
 
+def test_what_the_worker_samples_with_is_told_and_stays():
+    sampling = {"steps": 5, "guidanceScale": 4.0, "guidanceScale2": 3.0, "flowShift": 12.0}
+    before = told(RENDERING)
+    assert before["sampling"] == sampling
+    for later in (SUCCEEDED, RETRYING, replace(RENDERING, progress=None)):
+        assert told(later, before)["sampling"] == sampling
+    assert "sampling" not in told(LOADING)
+
+
 def test_a_new_attempt_loads_again():
     before = told(RENDERING)
     after = told(Observed(2, [pod(attempt=2)]), before)

@@ -2,7 +2,8 @@
 
 Shares nothing with the worker but the paper: no queue, no cache, no stages, no attention processor. The next block's
 keys and values enter by putting its tokens behind the block's own in one sequence, each token with its own timestep,
-and dropping their output after every layer.
+and dropping their output after every layer. Of a model with two experts, each block goes through the whole of the one
+that its timestep asks for, and sees the next block only where that one goes through the same.
 """
 
 from __future__ import annotations
@@ -17,28 +18,31 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Problem:
-    """What is rendered; ``left_sweep`` and ``right_block`` make wrong renderings for the tests of the tests."""
+    """What is rendered; the last three make wrong renderings for the tests of the tests."""
 
     blocks: int
     size: int  # latents of a block
     context: int
     steps: int
     seed: int
-    guidance: float
+    guidance: tuple[float, ...]  # of each expert
     grid: tuple[int, int]
+    boundary: float = 0.0  # below this timestep the second expert predicts
     left_sweep: int = 0  # 1: the left neighbour as it stands one sweep earlier
     right_block: int = 1  # 0: no right context
+    right_of_other: int = 0  # 1: right context also from a block that goes through the other expert
 
-    def wrong(self, **change: int) -> Problem:
+    def wrong(self, **change: float) -> Problem:
         return replace(self, **change)  # type: ignore[arg-type]
 
 
 @torch.inference_mode()
 def render(
-    model: WanTransformer3DModel, scheduler, prompts: list[Tensor], negative: Tensor, problem: Problem
+    experts: list[WanTransformer3DModel], scheduler, prompts: list[Tensor], negative: Tensor, problem: Problem
 ) -> Tensor:
     """Latents (1, C, context + blocks * size, h, w); ``prompts[b]`` embeds block b's prompt."""
-    states = [[noise] for noise in _noise(problem, model.config.in_channels)]  # states[b][k]: block b after k steps
+    noises = _noise(problem, experts[0].config.in_channels)
+    states = [[noise] for noise in noises]  # states[b][k]: block b after k steps
     schedulers = [copy.deepcopy(scheduler) for _ in states]
     for each in schedulers:
         each.set_begin_index(0)
@@ -46,10 +50,13 @@ def render(
         active = [block for block in range(problem.blocks) if 0 <= sweep - block < problem.steps]
         inputs = {block: _input(states, block, sweep - block, problem) for block in active}
         times = {block: scheduler.timesteps[sweep - block] for block in active}
-        conditional = _predict(model, inputs, times, {b: prompts[b] for b in active}, problem)
-        unconditional = _predict(model, inputs, times, dict.fromkeys(active, negative), problem)
+        chosen = {block: int(times[block] < problem.boundary) for block in active}
+        models = {block: experts[chosen[block]] for block in active}
+        conditional = _predict(models, inputs, times, {b: prompts[b] for b in active}, problem)
+        unconditional = _predict(models, inputs, times, dict.fromkeys(active, negative), problem)
         for block in active:
-            noise = unconditional[block] + problem.guidance * (conditional[block] - unconditional[block])
+            scale = problem.guidance[chosen[block]]
+            noise = unconditional[block] + scale * (conditional[block] - unconditional[block])
             own = noise[:, :, 0 if block == 0 else problem.context :]
             stepped = schedulers[block].step(own, times[block], states[block][-1], return_dict=False)[0]
             states[block].append(stepped)
@@ -76,12 +83,12 @@ def _input(states: list[list[Tensor]], block: int, step: int, problem: Problem) 
     return torch.cat((left[:, :, -problem.context :], own), dim=2)
 
 
-def _predict(model, inputs, times, prompts, problem: Problem) -> dict[int, Tensor]:
-    """One branch's prediction for every active block, layer by layer over all of them."""
+def _predict(models, inputs, times, prompts, problem: Problem) -> dict[int, Tensor]:
+    """One branch's prediction for every active block, layer by layer over all of them, each with its own model."""
     per_latent = (problem.grid[0] // 2) * (problem.grid[1] // 2)
-    hidden = {b: model.patch_embedding(x).flatten(2).transpose(1, 2) for b, x in inputs.items()}
-    embedded = {b: model.condition_embedder(times[b][None], prompts[b]) for b in inputs}
-    for layer in model.blocks:
+    hidden = {b: models[b].patch_embedding(x).flatten(2).transpose(1, 2) for b, x in inputs.items()}
+    embedded = {b: models[b].condition_embedder(times[b][None], prompts[b]) for b in inputs}
+    for layer in range(len(next(iter(models.values())).blocks)):
         entering = dict(hidden)
         for block in inputs:
             sequence, projection = entering[block], embedded[block][1]
@@ -89,16 +96,17 @@ def _predict(model, inputs, times, prompts, problem: Problem) -> dict[int, Tenso
             modulation = projection.unflatten(1, (6, -1))[:, None].expand(-1, tokens, -1, -1)
             latents = inputs[block].shape[2]
             neighbour = block + 1
-            if problem.right_block and problem.context and neighbour in inputs:
+            same = neighbour in inputs and (models[neighbour] is models[block] or problem.right_of_other)
+            if problem.right_block and problem.context and same:
                 begin = problem.context * per_latent
                 borrowed = entering[neighbour][:, begin : 2 * begin]
                 theirs = embedded[neighbour][1].unflatten(1, (6, -1))[:, None].expand(-1, begin, -1, -1)
                 sequence = torch.cat((sequence, borrowed), dim=1)
                 modulation = torch.cat((modulation, theirs), dim=1)
                 latents += problem.context
-            rotary = model.rope(torch.empty(1, 1, latents, *problem.grid))
-            hidden[block] = layer(sequence, embedded[block][2], modulation, rotary)[:, :tokens]
-    return {b: _project(model, h, embedded[b][0], inputs[b].shape) for b, h in hidden.items()}
+            rotary = models[block].rope(torch.empty(1, 1, latents, *problem.grid))
+            hidden[block] = models[block].blocks[layer](sequence, embedded[block][2], modulation, rotary)[:, :tokens]
+    return {b: _project(models[b], h, embedded[b][0], inputs[b].shape) for b, h in hidden.items()}
 
 
 def _project(model, hidden: Tensor, temb: Tensor, shape: torch.Size) -> Tensor:

@@ -12,8 +12,9 @@ from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 
 from videojob_api.plan import Plan
-from videojob_worker import blocks, conditions, topology, wan
+from videojob_worker import blocks, conditions, models, topology, wan
 from videojob_worker.link import LocalLink
+from videojob_worker.models import Model
 from videojob_worker.pipeline import Ring
 from videojob_worker.schedule import Turn
 
@@ -28,24 +29,31 @@ class Rendering:
     model: Path
     plan: Plan
     seed: int = 7
-    guidance: float | None = 5.0
+    guidance: tuple[float, ...] | None = (5.0, 3.0)  # of each expert
     timeout_s: float = 60.0
+    known: Model = field(init=False)
     scheduler: UniPCMultistepScheduler = field(init=False)
     embeds: list[Tensor] = field(init=False)  # one per scene, then the negative one
     order: list[Turn] = field(default_factory=list)  # results as they came
 
     def __post_init__(self) -> None:
+        self.known = models.read(self.model)
         self.scheduler = UniPCMultistepScheduler.from_pretrained(self.model / "scheduler")
         self.scheduler.set_timesteps(self.plan.steps)
         generator = torch.Generator().manual_seed(1)
         count = max(1, len(self.plan.scene_ends)) + 1
         self.embeds = [torch.randn((1, 16, 32), generator=generator) for _ in range(count)]
 
+    @property
+    def experts(self) -> tuple[int, ...]:
+        """Of each step."""
+        return tuple(self.known.expert(float(timestep)) for timestep in self.scheduler.timesteps)
+
     def latents(self, ranks: int) -> Tensor:
         """The clean latents, rendered by this many ranks."""
         shares = topology.shares(8, ranks)
-        stages = [wan.load(self.model / "transformer", share, torch.float32, CPU) for share in shares]
-        shared = conditions.compute(stages[0], self.embeds, self.scheduler.timesteps, self.guidance)
+        stages = [[wan.load(folder, share, torch.float32, CPU) for folder in self.known.experts] for share in shares]
+        shared = conditions.compute(stages[0], self.embeds, self.scheduler.timesteps, self.experts, self.guidance)
         clean: dict[int, Tensor] = {}
 
         def on_result(turn: Turn, latents: Tensor | None) -> None:
@@ -54,7 +62,7 @@ class Rendering:
                 clean[turn.block] = latents
 
         def rank(link: LocalLink) -> None:
-            noises = blocks.noise(self.plan, 16, *GRID, self.seed)
+            noises = blocks.noise(self.plan, self.known.channels, *GRID, self.seed)
             queue = blocks.Blocks(self.plan, self.scheduler, noises, CPU) if link.rank == 0 else None
             Ring(self.plan, GRID, stages[link.rank], shared, link, queue).run(on_result, lambda: None)
 

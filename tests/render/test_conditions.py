@@ -34,8 +34,12 @@ def numbered(count: int, *shape: int) -> Tensor:
     return torch.arange(count, dtype=torch.float32).view(-1, *(1 for _ in shape)).expand(count, *shape).contiguous()
 
 
-def made(scenes: int = 3, guidance: float | None = 5.0) -> Conditions:
-    return Conditions(numbered(scenes + 1, 512, WIDTH), numbered(4, WIDTH), numbered(4, 6, WIDTH), guidance)
+EXPERTS = (0, 0, 1, 1)  # of each of 4 steps
+
+
+def made(scenes: int = 3, guidance: tuple[float, ...] | None = (4.0, 3.0)) -> Conditions:
+    contexts = numbered(2 * (scenes + 1), 512, WIDTH).unflatten(0, (2, -1))
+    return Conditions(contexts, numbered(4, WIDTH), numbered(4, 6, WIDTH), EXPERTS, guidance)
 
 
 @pytest.fixture
@@ -48,12 +52,18 @@ def first(tiny_model) -> wan.WanStage:
 
 def test_every_scene_has_its_context_and_all_share_the_unconditional_one():
     shared = made(scenes=3)
-    assert [int(shared.context(scene, 0)[0, 0, 0]) for scene in range(3)] == [0, 1, 2]
-    assert [int(shared.context(scene, 1)[0, 0, 0]) for scene in range(3)] == [3, 3, 3]
-    assert shared.context(1, 0).shape == (1, 512, WIDTH)
+    assert [int(shared.context(0, scene, 0)[0, 0, 0]) for scene in range(3)] == [0, 1, 2]
+    assert [int(shared.context(0, scene, 1)[0, 0, 0]) for scene in range(3)] == [3, 3, 3]
+    assert shared.context(0, 1, 0).shape == (1, 512, WIDTH)
 
 
-@pytest.mark.parametrize(("guidance", "branches"), [(5.0, 2), (None, 1)])
+def test_every_expert_has_contexts_of_its_own():
+    shared = made(scenes=3)
+    assert [int(shared.context(1, scene, 0)[0, 0, 0]) for scene in range(3)] == [4, 5, 6]
+    assert int(shared.context(1, 0, 1)[0, 0, 0]) == 7
+
+
+@pytest.mark.parametrize(("guidance", "branches"), [((5.0,), 2), (None, 1)])
 def test_guidance_takes_a_second_pass(guidance, branches):
     assert made(guidance=guidance).branches == branches
 
@@ -63,7 +73,7 @@ def test_guidance_takes_a_second_pass(guidance, branches):
 
 def share(link: LocalLink, computed: Conditions | None) -> Conditions:
     return conditions.share(
-        link, computed, scenes=3, steps=4, width=WIDTH, guidance_scale=5.0, dtype=torch.float32, device=CPU
+        link, computed, scenes=3, width=WIDTH, experts=EXPERTS, guidance=(4.0, 3.0), dtype=torch.float32, device=CPU
     )
 
 
@@ -84,7 +94,7 @@ def test_every_rank_gets_the_first_ones(ranks):
         assert torch.equal(mine.contexts, made().contexts)
         assert torch.equal(mine.embeddings, made().embeddings)
         assert torch.equal(mine.projections, made().projections)
-        assert mine.guidance_scale == 5.0
+        assert (mine.experts, mine.guidance) == (EXPERTS, (4.0, 3.0))
 
 
 # --- Computing
@@ -93,15 +103,29 @@ def test_every_rank_gets_the_first_ones(ranks):
 def test_one_context_a_prompt_and_one_embedding_a_step(first):
     embeds = [torch.randn((1, 512, 32), generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
     contexts = [first.condition(embed) for embed in embeds]
-    computed = conditions.compute(first, embeds, TIMESTEPS, 5.0)
-    assert torch.equal(computed.contexts, torch.cat(contexts))
+    computed = conditions.compute([first], embeds, TIMESTEPS, (0, 0, 0), (5.0,))
+    assert torch.equal(computed.contexts, torch.cat(contexts)[None])
     assert computed.embeddings.shape == (3, WIDTH)
     assert computed.projections.shape == (3, 6, WIDTH)
     assert len(computed.embeddings.unique(dim=0)) == 3
 
 
+def test_each_expert_embeds_the_prompts_and_the_timesteps_that_are_its_own(tiny_models):
+    folder = tiny_models("wan2.2-a14b")
+    high, low = (wan.load(folder / name, range(4), torch.float32, CPU) for name in ("transformer", "transformer_2"))
+    embed = torch.randn((1, 512, 32), generator=torch.Generator().manual_seed(0))
+    contexts = [stage.condition(embed) for stage in (high, low)]
+    times = [stage.time(timestep[None], embed) for stage, timestep in zip((high, high, low), TIMESTEPS, strict=True)]
+    computed = conditions.compute([high, low], [embed], TIMESTEPS, (0, 0, 1), (4.0, 3.0))
+    assert torch.equal(computed.contexts, torch.stack(contexts))
+    assert torch.equal(computed.embeddings, torch.cat([embedding for embedding, _ in times]))
+    assert torch.equal(computed.projections, torch.cat([projection for _, projection in times]))
+    assert high.condition_embedder is None
+    assert low.condition_embedder is None
+
+
 def test_the_condition_embedder_is_dropped(first):
-    conditions.compute(first, [torch.zeros((1, 512, 32))], TIMESTEPS, None)
+    conditions.compute([first], [torch.zeros((1, 512, 32))], TIMESTEPS, (0, 0, 0), None)
     assert first.condition_embedder is None
     assert not [name for name, _ in first.named_parameters() if name.startswith("condition_embedder")]
 
@@ -109,7 +133,8 @@ def test_the_condition_embedder_is_dropped(first):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_all_is_of_the_dtype_that_the_other_ranks_expect(tiny_model, dtype):
     stage = wan.load(tiny_model / "transformer", range(4), dtype, CPU)
-    computed = conditions.compute(stage, [torch.zeros((1, 512, 32), dtype=dtype)], TIMESTEPS, 5.0)
+    embeds = [torch.zeros((1, 512, 32), dtype=dtype)]
+    computed = conditions.compute([stage], embeds, TIMESTEPS, (0, 0, 0), (5.0,))
     assert {computed.contexts.dtype, computed.embeddings.dtype, computed.projections.dtype} == {dtype}
 
 
@@ -154,6 +179,11 @@ def test_encoding_says_nothing_that_alarms(tiny_model, recwarn, caplog):
     conditions.encode(tiny_model, ["a fox"], torch.bfloat16, CPU)
     assert [str(warning.message) for warning in recwarn] == []
     assert caplog.text == ""
+
+
+def test_a_prompt_that_the_model_cannot_read_whole_is_cut_and_said_to_be(tiny_model, caplog):
+    conditions.encode(tiny_model, ["x" * 600], torch.float32, CPU)
+    assert f"begins with '{'x' * 40}' has 602 tokens, of which the model reads 512: its last 90 are" in caplog.text
 
 
 def test_a_missing_text_encoder_is_named(tmp_path):

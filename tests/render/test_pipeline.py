@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
@@ -9,6 +11,7 @@ from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
 import oracle
 import ring
 from videojob_api.plan import Plan
+from videojob_worker.models import Kind
 
 PLAN = Plan(frames=90, block_latents=4, context_latents=3, steps=5)  # 6 blocks, the last one with surplus latents
 
@@ -23,7 +26,8 @@ def one_thread():
 
 def serial(rendering, **wrong):
     plan = rendering.plan
-    model = WanTransformer3DModel.from_pretrained(rendering.model / "transformer").eval()
+    known = rendering.known
+    experts = [WanTransformer3DModel.from_pretrained(folder).eval() for folder in known.experts]
     *scenes, negative = rendering.embeds
     problem = oracle.Problem(
         blocks=plan.blocks,
@@ -31,16 +35,17 @@ def serial(rendering, **wrong):
         context=plan.context_latents,
         steps=plan.steps,
         seed=rendering.seed,
-        guidance=1.0 if rendering.guidance is None else rendering.guidance,
+        guidance=rendering.guidance or (1.0, 1.0),
         grid=ring.GRID,
+        boundary=known.boundary or 0.0,
     )
     prompts = [scenes[plan.scene(block)] for block in range(plan.blocks)]
-    return oracle.render(model, rendering.scheduler, prompts, negative, problem.wrong(**wrong))
+    return oracle.render(experts, rendering.scheduler, prompts, negative, problem.wrong(**wrong))
 
 
-@pytest.fixture(scope="module")
-def rendering(tiny_model):
-    return ring.Rendering(tiny_model, PLAN)
+@pytest.fixture(scope="module", params=list(Kind))
+def rendering(tiny_models, request):
+    return ring.Rendering(tiny_models(request.param), PLAN)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +79,36 @@ def test_the_comparison_would_show_a_wrong_order(rendering, expected, wrong):
 )
 def test_the_corners_equal_the_oracle_too(tiny_model, plan):
     rendering = ring.Rendering(tiny_model, plan)
+    assert torch.equal(rendering.latents(3), serial(rendering))
+
+
+@pytest.fixture(scope="module")
+def two_experts(tiny_models):
+    return ring.Rendering(tiny_models(Kind.A14B), PLAN)
+
+
+@pytest.fixture(scope="module")
+def right(two_experts):
+    return serial(two_experts)
+
+
+def test_blocks_stand_on_both_sides_of_the_boundary(two_experts):
+    assert two_experts.experts == (0, 0, 1, 1, 1)
+    assert two_experts.plan.blocks > 3, "some sweep takes several blocks through each expert"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"right_of_other": 1}, {"boundary": 700.0}, {"boundary": 0.0}, {"guidance": (5.0, 5.0)}],
+    ids=["keys of the other expert", "boundary one step late", "one expert alone", "one guidance"],
+)
+def test_the_comparison_would_show_a_wrong_expert(two_experts, right, wrong):
+    assert (serial(two_experts, **wrong) - right).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_few_steps_may_leave_an_expert_idle(tiny_models, steps):
+    rendering = ring.Rendering(tiny_models(Kind.A14B), replace(PLAN, steps=steps))
     assert torch.equal(rendering.latents(3), serial(rendering))
 
 

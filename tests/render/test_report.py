@@ -9,11 +9,12 @@ import urllib.request
 
 import pytest
 
-from videojob_api.plan import Plan
-from videojob_api.progress import LastWords, Outcome, Progress, Reason, Stage
+from videojob_api.plan import Cut
+from videojob_api.progress import LastWords, Outcome, Progress, Reason, SamplingUsed, Stage
 from videojob_worker import report
 
-PLAN = Plan(frames=90, block_latents=4, context_latents=3, steps=5)
+CUT = Cut(frames=90, block_latents=4, context_latents=3)
+SAMPLING = SamplingUsed(steps=5, guidance_scale=5.0, flow_shift=3.0)
 
 
 class Clock:
@@ -30,7 +31,9 @@ def clock():
 
 @pytest.fixture
 def reporter(clock):
-    return report.Reporter(PLAN, fps=16, attempt=2, clock=clock)
+    made = report.Reporter(CUT, fps=16, attempt=2, clock=clock)
+    made.sampling(SAMPLING)
+    return made
 
 
 @pytest.fixture
@@ -49,6 +52,15 @@ def test_nothing_is_promised_before_a_pace_is_known(reporter):
     progress = reporter.progress()
     assert (progress.stage, progress.percent, progress.eta_seconds) == (Stage.LOADING, 0, None)
     assert (progress.turns_total, progress.blocks_total, progress.attempt) == (30, 6, 2)
+
+
+def test_before_the_model_is_known_blocks_are_counted_and_turns_are_not(clock):
+    progress = report.Reporter(CUT, fps=16, attempt=1, clock=clock).progress()
+    assert (progress.blocks_total, progress.turns_total, progress.sampling, progress.percent) == (6, None, None, 0)
+
+
+def test_what_the_model_is_sampled_with_is_told(reporter):
+    assert reporter.progress().sampling == SAMPLING
 
 
 def test_the_eta_is_what_is_left_at_the_pace_so_far(reporter, clock):

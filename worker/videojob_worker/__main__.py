@@ -12,8 +12,8 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,35 +27,27 @@ from torch import Tensor
 
 import videojob_api.plan
 from videojob_api import validation
+from videojob_api.plan import Plan
 from videojob_api.progress import PERMANENT, Outcome, Reason, Stage
-from videojob_api.spec import VideoJob
+from videojob_api.spec import Spec, VideoJob
 
-from . import conditions, report, sampler, settings, source, topology, wan
+from . import conditions, models, report, sampler, settings, source, topology, wan
 from .blocks import Blocks, noise
 from .conditions import Conditions
 from .decoder import StreamingDecoder
 from .errors import InvalidSpecError, ModelInvalidError, RenderError
 from .link import Link, TorchLink
+from .models import Model
 from .pipeline import Ring
 from .publisher import Publisher
 from .schedule import Turn
 from .settings import Settings
 from .store import FolderStore, Output, S3Store, Store
+from .wan import WanStage
 
 log = logging.getLogger("videojob_worker")
 
 GRACE_S = 15.0  # from SIGTERM to the end; torchrun kills after 30 s
-
-
-@dataclass(frozen=True)
-class Model:
-    """What every rank knows of the model before it loads its share."""
-
-    folder: Path
-    layers: int
-    channels: int
-    width: int  # D, the inner dimension
-    grid: tuple[int, int]  # latent rows and columns
 
 
 def main() -> None:
@@ -144,30 +136,32 @@ def cause(error: Exception, rank: int) -> tuple[Reason, str]:
 def render(config: Settings) -> str:
     """This rank's part of the render; on the first rank, where the video is."""
     videojob = _videojob(config.spec)
-    plan = videojob_api.plan.plan(videojob.spec)
-    reporter = report.Reporter(plan, videojob.spec.video.fps, config.attempt, time.time)
+    reporter = report.Reporter(videojob_api.plan.cut(videojob.spec), videojob.spec.video.fps, config.attempt, time.time)
     device = _device(config)
     with ExitStack() as stack:
         output = None
         if config.rank == 0:
             stack.enter_context(report.serving(reporter, config.port))
             output = stack.enter_context(Output.take(_store(config, videojob), videojob, config.attempt))
-        model = _model(source.fetch(videojob.spec.model.source, config.scratch), videojob)
+        model = models.read(source.fetch(videojob.spec.model.source, config.scratch))
+        spec, grid = sampler.resolve(videojob.spec, model), model.grid(videojob.spec.video)
+        plan = videojob_api.plan.plan(spec)
         layers = topology.shares(model.layers, config.world_size)[config.rank]
-        stage = wan.load(model.folder / "transformer", layers, getattr(torch, config.dtype), device)
+        log.info("%s, %s", model.kind, sampler.used(spec))
+        reporter.sampling(sampler.used(spec))
+        stages = [wan.load(folder, layers, getattr(torch, config.dtype), device) for folder in model.experts]
         log.info("holds layers %d to %d of %d on %s", layers.start, layers.stop - 1, model.layers, device)
         link = TorchLink(device, timedelta(seconds=config.peer_timeout_s))
-        scheduler = sampler.load(model.folder, videojob.spec.sampling, device)
-        shared = _conditions(videojob, model, stage, link, scheduler.timesteps, config, device)
+        scheduler = sampler.load(model, spec, device)
+        shared = _conditions(spec, model, stages, link, scheduler.timesteps, config, device)
         blocks = None
         if output is not None:
-            noises = noise(plan, model.channels, *model.grid, videojob.spec.sampling.seed)
-            blocks = Blocks(plan, scheduler, noises, device)
-        ring = Ring(plan, model.grid, stage, shared, link, blocks)
+            blocks = Blocks(plan, scheduler, noise(plan, model.channels, *grid, spec.sampling.seed), device)
+        ring = Ring(plan, grid, stages, shared, link, blocks)
         if output is None:
             ring.run(_nothing, _nothing)
         else:
-            _lead(config, videojob, ring, reporter, output, load_vae(model.folder, device))
+            _lead(config, videojob, plan, ring, reporter, output, load_vae(model.folder, device))
         link.close()  # not after an error: it would wait for the other ranks
         return "" if output is None else output.url("")
 
@@ -175,13 +169,13 @@ def render(config: Settings) -> str:
 def _lead(
     config: Settings,
     videojob: VideoJob,
+    plan: Plan,
     ring: Ring,
     reporter: report.Reporter,
     output: Output,
     vae: AutoencoderKLWan,
 ) -> None:
     """The first rank's part: render, publish every clean block at once, finish."""
-    plan = videojob_api.plan.plan(videojob.spec)
     dump: list[Tensor] = []
     publisher = Publisher(
         videojob,
@@ -253,46 +247,30 @@ def _store(config: Settings, videojob: VideoJob) -> Store:
     return S3Store(videojob.spec.output.s3)
 
 
-def _model(folder: Path, videojob: VideoJob) -> Model:
-    transformer, vae = wan.read_config(folder / "transformer"), wan.read_config(folder / "vae")
-    scale = int(vae.get("scale_factor_spatial", 8))
-    multiple = scale * int(transformer["patch_size"][1])
-    video = videojob.spec.video
-    for field, pixels in (("width", video.width), ("height", video.height)):
-        if pixels % multiple:
-            raise InvalidSpecError(f"spec.video.{field} must be a multiple of {multiple} with this model, not {pixels}")
-    return Model(
-        folder=folder,
-        layers=int(transformer["num_layers"]),
-        channels=int(transformer["in_channels"]),
-        width=int(transformer["num_attention_heads"]) * int(transformer["attention_head_dim"]),
-        grid=(video.height // scale, video.width // scale),
-    )
-
-
 def _conditions(
-    videojob: VideoJob,
+    spec: Spec,
     model: Model,
-    stage: wan.WanStage,
+    stages: Sequence[WanStage],
     link: Link,
     timesteps: Tensor,
     config: Settings,
     device: torch.device,
 ) -> Conditions:
-    spec, dtype = videojob.spec, getattr(torch, config.dtype)
-    guidance = spec.sampling.guidance_scale if spec.sampling.guidance_scale > 1 else None
+    dtype = getattr(torch, config.dtype)
+    experts = tuple(model.expert(float(timestep)) for timestep in timesteps)
+    guidance = sampler.guidance(spec)
     computed = None
-    if stage.is_first:
+    if stages[0].is_first:
         prompts = [*(scene.prompt for scene in spec.all_scenes), spec.negative_prompt]
         embeds = conditions.encode(model.folder, prompts, dtype, device)
-        computed = conditions.compute(stage, embeds, timesteps, guidance)
+        computed = conditions.compute(stages, embeds, timesteps, experts, guidance)
     return conditions.share(
         link,
         computed,
         scenes=len(spec.all_scenes),
-        steps=spec.sampling.steps,
         width=model.width,
-        guidance_scale=guidance,
+        experts=experts,
+        guidance=guidance,
         dtype=dtype,
         device=device,
     )

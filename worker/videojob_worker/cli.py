@@ -16,12 +16,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from videojob_api import names, validation
-from videojob_api.plan import plan
+from videojob_api.plan import cut
 from videojob_api.progress import Progress as Record
 from videojob_api.progress import Stage
 from videojob_api.spec import VideoJob
 
 from . import local, manifest
+from .models import Kind
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -40,11 +41,11 @@ Manifest = Annotated[Path, typer.Argument(help="A VideoJob in YAML or JSON; - re
 def validate(file: Manifest) -> None:
     """Print everything that is wrong with a manifest, or a summary of what it would render."""
     videojob = _read(_load(file), file)
-    counts = plan(videojob.spec)
+    counts, steps = cut(videojob.spec), videojob.spec.sampling.steps or "the model's"
     video = videojob.spec.video
     out.print(
         f"{file}: valid. {counts.frames} frames ({counts.frames / video.fps:.1f} s) of {video.width}x{video.height} "
-        f"in {counts.blocks} blocks, {counts.steps} steps each, on {videojob.spec.world_size} ranks.",
+        f"in {counts.blocks} blocks, {steps} steps each, on {videojob.spec.world_size} ranks.",
         soft_wrap=True,
     )
 
@@ -104,6 +105,7 @@ def render(
 @app.command()
 def tiny_model(
     folder: Annotated[Path, typer.Argument(help="Made if it does not exist.", metavar="DIR", file_okay=False)],
+    kind: Annotated[Kind, typer.Option(help="Of which model it has the structure.")] = Kind.WAN21,
     layers: Annotated[int, typer.Option(help="Transformer layers: the most ranks that can share it.", min=1)] = 8,
     seed: Annotated[int, typer.Option(help="Seed of the random weights.", min=0)] = 0,
 ) -> None:
@@ -113,8 +115,8 @@ def tiny_model(
     from . import tiny
 
     transformers.utils.logging.disable_progress_bar()
-    tiny.save(folder, layers=layers, seed=seed)
-    out.print(f"{folder}: a Wan model with {layers} layers and random weights", soft_wrap=True)
+    tiny.save(folder, kind=kind, layers=layers, seed=seed)
+    out.print(f"{folder}: a {kind} model with {layers} layers and random weights", soft_wrap=True)
 
 
 def _load(file: Path) -> Any:
@@ -153,7 +155,7 @@ def _overridden(
 
 
 def _show(run: local.Run) -> None:
-    counts = plan(run.videojob.spec)
+    counts = cut(run.videojob.spec)
     columns = (
         TextColumn("{task.fields[stage]:<9}"),
         BarColumn(),

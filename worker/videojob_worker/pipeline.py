@@ -8,7 +8,7 @@ Shapes: B block latents, K context latents, F = B + K latents of every input, D 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class Ring:
     Args:
         plan: how the video is cut.
         grid: latent rows and columns (h, w).
-        stage: this rank's layers.
+        stages: this rank's layers of each expert.
         conditions: contexts and time embeddings.
         link: to the neighbours.
         blocks: the queue of latents; on the first rank only.
@@ -39,20 +39,21 @@ class Ring:
         self,
         plan: Plan,
         grid: tuple[int, int],
-        stage: WanStage,
+        stages: Sequence[WanStage],
         conditions: Conditions,
         link: Link,
         blocks: Blocks | None,
     ) -> None:
         self._plan = plan
-        self._stage = stage
+        self._stages = stages
+        self._stage = stages[0]  # for what all experts share: sizes, and which end of the ring this is
         self._conditions = conditions
         self._link = link
         self._blocks = blocks
         self._device = conditions.contexts.device
         self._grid = (plan.block_latents + plan.context_latents, *grid)
-        self._tokens = stage.tokens(self._grid)
-        self._rotary, self._next_rotary = stage.rotaries(self._grid, plan.context_latents)
+        self._tokens = self._stage.tokens(self._grid)
+        self._rotary, self._next_rotary = self._stage.rotaries(self._grid, plan.context_latents)
         self._conditional: Tensor | None = None  # the last stage's prediction that waits for its counterpart
 
     @torch.inference_mode()
@@ -81,13 +82,15 @@ class Ring:
 
     def _compute(self, turn: Turn, inbox: Tensor | None) -> Tensor | None:
         """A turn through this stage: its hidden states, or on the last stage its prediction once it is complete."""
-        conditions, stage = self._conditions, self._stage
+        conditions = self._conditions
+        expert = conditions.experts[turn.step]
+        stage = self._stages[expert]
         hidden: Tensor | None = inbox
         if stage.is_first:
             assert self._blocks is not None  # noqa: S101 - the first rank holds the latents
             hidden = stage.embed(self._blocks.input(turn.block, turn.step))
         assert hidden is not None  # noqa: S101 - the schedule brings it
-        context = conditions.context(self._plan.scene(turn.block), turn.branch)
+        context = conditions.context(expert, self._plan.scene(turn.block), turn.branch)
         step = slice(turn.step, turn.step + 1)
         through: Tensor = stage(hidden, context, conditions.projections[step], self._surroundings(turn))
         if not stage.is_last:
@@ -98,14 +101,21 @@ class Ring:
     def _surroundings(self, turn: Turn) -> Surroundings:
         start = self._left(turn.block) * self._tokens
         length = self._plan.context_latents * self._tokens
-        borrows = length > 0
         return Surroundings(
             rotary=self._rotary,
             next_rotary=self._next_rotary,
             branch=turn.branch,
-            uses_next=turn.uses_next and borrows,
-            kept=slice(start, start + length) if turn.feeds_previous and borrows else None,
+            uses_next=turn.uses_next and self._lends(turn.step - 1),
+            kept=slice(start, start + length) if turn.feeds_previous and self._lends(turn.step) else None,
         )
+
+    def _lends(self, step: int) -> bool:
+        """Whether a block at this step leaves keys and values to the block before, which is at the next step.
+
+        Only to the same expert: another one's keys lie in another space.
+        """
+        experts = self._conditions.experts
+        return self._plan.context_latents > 0 and experts[step] == experts[step + 1]
 
     def _left(self, block: int) -> int:
         """Latents of left context in the block's input."""
@@ -113,14 +123,15 @@ class Ring:
 
     def _guide(self, turn: Turn, prediction: Tensor) -> Tensor | None:
         """Classifier-free guidance: keeps the conditional prediction until the unconditional one is there."""
-        scale = self._conditions.guidance_scale
-        if scale is None:
+        guidance = self._conditions.guidance
+        if guidance is None:
             return prediction
         if not turn.completes:
             self._conditional = prediction
             return None
         conditional, self._conditional = self._conditional, None
         assert conditional is not None  # noqa: S101 - the schedule puts it one turn ahead
+        scale = guidance[self._conditions.experts[turn.step]]
         return prediction + scale * (conditional - prediction)
 
     def _exchange(self, tick: Tick, outbox: Tensor | None) -> Tensor | None:

@@ -87,7 +87,7 @@ class Publisher:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._videojob = videojob
-        self._plan = videojob_api.plan.plan(videojob.spec)
+        self._plan = videojob_api.plan.cut(videojob.spec)
         self._output = output
         self._decoder = decoder
         self._scratch = scratch

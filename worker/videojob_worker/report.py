@@ -19,8 +19,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from pydantic import ValidationError
 
-from videojob_api.plan import Plan
-from videojob_api.progress import LastWords, Outcome, Progress, Reason, Stage
+from videojob_api.plan import Cut
+from videojob_api.progress import LastWords, Outcome, Progress, Reason, SamplingUsed, Stage
 
 # A rank that was merely dragged along must not hide the cause that another rank gave.
 _WEIGHT = {Reason.TERMINATED: 0, Reason.PEER_LOST: 1}
@@ -30,14 +30,15 @@ class Reporter:
     """Counts what is done; safe to use from several threads.
 
     Args:
-        plan: the totals.
+        cut: the totals, but for the steps.
         fps: frames per second.
         attempt: its number, from 1.
         clock: seconds since the epoch.
     """
 
-    def __init__(self, plan: Plan, fps: int, attempt: int, clock: Callable[[], float]) -> None:
-        self._plan = plan
+    def __init__(self, cut: Cut, fps: int, attempt: int, clock: Callable[[], float]) -> None:
+        self._cut = cut
+        self._sampling: SamplingUsed | None = None
         self._fps = fps
         self._attempt = attempt
         self._clock = clock
@@ -53,6 +54,11 @@ class Reporter:
             self._stage = stage
             if stage is Stage.RENDERING:
                 self._began = now
+
+    def sampling(self, used: SamplingUsed) -> None:
+        """The model is known, and so how latents are denoised."""
+        with self._change():
+            self._sampling = used
 
     def turn_done(self, *, block_done: bool) -> None:
         """A block made one step, its last one if ``block_done``."""
@@ -73,14 +79,15 @@ class Reporter:
                 stage=self._stage,
                 attempt=self._attempt,
                 turns_done=self._turns,
-                turns_total=self._plan.turns,
+                turns_total=self._turns_total,
                 blocks_done=self._blocks,
-                blocks_total=self._plan.blocks,
+                blocks_total=self._cut.blocks,
                 frames_ready=self._frames,
-                frames_total=self._plan.frames,
+                frames_total=self._cut.frames,
                 segments_ready=self._segments,
                 fps=self._fps,
                 eta_seconds=self._eta(),
+                sampling=self._sampling,
                 updated_at=datetime.fromtimestamp(self._changed, UTC).isoformat(timespec="milliseconds"),
             )
 
@@ -90,11 +97,16 @@ class Reporter:
             self._changed = self._clock()
             yield self._changed
 
+    @property
+    def _turns_total(self) -> int | None:
+        return None if self._sampling is None else self._sampling.steps * self._cut.blocks
+
     def _eta(self) -> float | None:
-        if self._began is None or self._turns == 0:
+        total = self._turns_total
+        if self._began is None or self._turns == 0 or total is None:
             return None
         pace = (self._changed - self._began) / self._turns
-        return round(max(0.0, pace * self._plan.turns - (self._clock() - self._began)), 1)
+        return round(max(0.0, pace * total - (self._clock() - self._began)), 1)
 
 
 class _Metrics(Collector):

@@ -21,7 +21,8 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 
-from .errors import ModelInvalidError, ModelNotFoundError
+from . import models
+from .errors import ModelInvalidError
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 Rotary = tuple[Tensor, Tensor]  # cosines and sines, each (1, tokens, 1, head_dim)
@@ -231,9 +232,7 @@ def load(folder: Path, layers: range, dtype: torch.dtype, device: torch.device) 
         ModelNotFoundError: there is no such folder.
         ModelInvalidError: a file is missing, broken, or holds another class of model.
     """
-    config = read_config(folder)
-    if config.get("_class_name") != "WanTransformer3DModel":
-        raise ModelInvalidError(f"{folder} holds a {config.get('_class_name')}; this worker renders with Wan models")
+    config = models.read_transformer(folder)
     with tempfile.TemporaryDirectory() as own:
         source = _own_shards(folder, layers, int(config["num_layers"]), Path(own))
         try:
@@ -253,25 +252,6 @@ def load(folder: Path, layers: range, dtype: torch.dtype, device: torch.device) 
         raise ModelInvalidError(f"{folder} lacks {len(missing)} tensors, the first is {missing[0]}")
     ready: WanStage = stage.to(device).eval().requires_grad_(False)
     return ready
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """A diffusers component's ``config.json``.
-
-    Raises:
-        ModelNotFoundError, ModelInvalidError: it is not there, or is no JSON.
-    """
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except FileNotFoundError as error:
-        raise ModelNotFoundError(
-            f"{folder} has no config.json: spec.model.source must lead to a folder in the diffusers layout"
-        ) from error
-    except ValueError as error:
-        raise ModelInvalidError(f"{folder / 'config.json'} is no JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ModelInvalidError(f"{folder / 'config.json'} is no JSON object")
-    return config
 
 
 def _own_shards(folder: Path, layers: range, num_layers: int, own: Path) -> Path:
