@@ -26,11 +26,31 @@ VIDEOJOB = Path(sys.executable).with_name("videojob")
 AWKWARD = "\"double\" 'single' `tick` $(touch pwned) ${HOME} %s \\n\nnew line\ttab 🦊 &lt; <b>;|&" * 120  # > 10,000
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What a render takes where the manifest is silent, and how the model is cut."""
+
+    guidance: tuple[float, ...]
+    flow_shift: float
+    transformers: tuple[str, ...] = ("transformer",)
+    boundary: float = 0.0
+    latent_pixels: int = 8
+    channels: int = 16
+
+
+KINDS = {
+    "wan2.1": Kind((5.0,), 3.0),
+    "wan2.2-a14b": Kind((4.0, 3.0), 12.0, ("transformer", "transformer_2"), boundary=875.0),
+    "wan2.2-ti2v-5b": Kind((5.0,), 5.0, latent_pixels=16, channels=48),
+}
+
+
 @dataclass
 class Job:
     folder: Path
     model: Path
     document: dict
+    kind: str = "wan2.1"
 
     @property
     def spec(self):
@@ -79,11 +99,11 @@ def frames(path: Path) -> int:
 
 
 def expected(job: Job) -> torch.Tensor:
-    spec = job.spec
+    spec, kind = job.spec, KINDS[job.kind]
     plan = plans.plan(spec)
-    scheduler = UniPCMultistepScheduler.from_pretrained(job.model / "scheduler")
+    scheduler = UniPCMultistepScheduler.from_pretrained(job.model / "scheduler", flow_shift=kind.flow_shift)
     scheduler.set_timesteps(plan.steps)
-    encoder = WanPipeline.from_pretrained(job.model, transformer=None, vae=None)
+    encoder = WanPipeline.from_pretrained(job.model, transformer=None, transformer_2=None, vae=None)
     with torch.inference_mode():
         positive, negative = encoder.encode_prompt(spec.prompt, spec.negative_prompt, max_sequence_length=512)
     problem = oracle.Problem(
@@ -92,11 +112,12 @@ def expected(job: Job) -> torch.Tensor:
         context=plan.context_latents,
         steps=plan.steps,
         seed=spec.sampling.seed,
-        guidance=spec.sampling.guidance_scale,
-        grid=(spec.video.height // 8, spec.video.width // 8),
+        guidance=kind.guidance,
+        grid=(spec.video.height // kind.latent_pixels, spec.video.width // kind.latent_pixels),
+        boundary=kind.boundary,
     )
-    model = WanTransformer3DModel.from_pretrained(job.model / "transformer").eval()
-    latents = oracle.render(model, scheduler, [positive] * plan.blocks, negative, problem)
+    experts = [WanTransformer3DModel.from_pretrained(job.model / name).eval() for name in kind.transformers]
+    latents = oracle.render(experts, scheduler, [positive] * plan.blocks, negative, problem)
     return latents[:, :, : plan.latents]
 
 
@@ -120,6 +141,21 @@ def test_torchrun_ranks_render_the_oracles_latents_bit_for_bit(job, ranks):
     assert frames(job.folder / "out" / "index.m3u8") == 90
     assert str(job.folder / "out" / "video.mp4") in said
     assert not (job.folder / "pwned").exists()
+
+
+@pytest.mark.parametrize("kind", ["wan2.2-a14b", "wan2.2-ti2v-5b"])
+def test_the_models_of_wan22_render_the_oracles_latents_bit_for_bit(job, tiny_models, kind):
+    job.kind, job.model = kind, tiny_models(kind)
+    job.document["spec"]["video"] = {"frames": 90, "width": 96, "height": 64}
+    job.document["spec"]["sampling"] = {"steps": 6, "seed": 11}
+    code, said = job.render("--cpu-ranks", 3, "--output-dir", "out", "--dump-latents", "latents.safetensors")
+    assert code == 0, said + job.log
+    latents = load_file(job.folder / "latents.safetensors")["latents"]
+    edge = KINDS[kind].latent_pixels
+    assert latents.shape == (1, KINDS[kind].channels, 24, 64 // edge, 96 // edge)
+    assert torch.equal(latents, expected(job))
+    assert frames(job.folder / "out" / "video.mp4") == 90
+    assert frames(job.folder / "out" / "index.m3u8") == 90
 
 
 def test_scenes_render_one_after_another(job):

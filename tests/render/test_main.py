@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,7 +20,13 @@ from videojob_api import names, validation
 from videojob_api.progress import LastWords, Outcome, Reason
 from videojob_worker import __main__ as worker
 from videojob_worker import settings
-from videojob_worker.errors import BucketNotFoundError, InvalidSpecError, ModelNotFoundError, OutputConflictError
+from videojob_worker.errors import (
+    BucketNotFoundError,
+    InvalidSpecError,
+    ModelInvalidError,
+    ModelNotFoundError,
+    OutputConflictError,
+)
 from videojob_worker.store import CLAIM, FolderStore, Output
 
 
@@ -31,6 +38,7 @@ class Job:
     model: Path
     frames: int = 21
     s3: dict = field(default_factory=dict)
+    sampling: dict = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -42,7 +50,7 @@ class Job:
             "spec": {
                 "prompt": "a fox",
                 "video": {"frames": self.frames, "width": 64, "height": 48},
-                "sampling": {"steps": 2},
+                "sampling": {"steps": 2, **self.sampling},
                 "dualParallel": {"blockLatents": 2, "contextLatents": 1},
                 "gpusPerNode": 0,
                 "ranksPerNode": 2,
@@ -125,6 +133,33 @@ def test_a_job_that_failed_to_load_its_model_may_be_corrected(job):
     with pytest.raises(ModelNotFoundError):
         job.render()
     assert not (job.output / CLAIM).exists()
+
+
+def without_weights(job: Job, tiny: Path) -> Path:
+    """The model, from which nothing can be loaded."""
+    copy = shutil.copytree(tiny, job.folder / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    job.model = copy
+    return copy
+
+
+def test_guidance_of_an_expert_that_the_model_lacks_is_refused_before_it_is_loaded(job, tiny_model):
+    without_weights(job, tiny_model)
+    job.sampling = {"guidanceScale2": 3}
+    with pytest.raises(InvalidSpecError, match=r"spec\.sampling\.guidanceScale2"):
+        job.render()
+
+
+def test_a_size_that_the_model_cannot_take_is_refused_before_it_is_loaded(job, tiny_models):
+    without_weights(job, tiny_models("wan2.2-ti2v-5b"))
+    with pytest.raises(InvalidSpecError, match=r"spec\.video\.height must be a multiple of 32 with this model, not 48"):
+        job.render()
+
+
+def test_a_model_that_starts_from_an_image_is_refused_before_it_is_loaded(job, tiny_model):
+    config = without_weights(job, tiny_model) / "transformer" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "in_channels": 36}))
+    with pytest.raises(ModelInvalidError, match=r"36 channels in, 16 out.*text-to-video models"):
+        job.render()
 
 
 def test_a_document_that_cannot_be_read_is_named(job):

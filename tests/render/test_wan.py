@@ -41,6 +41,26 @@ def test_stages_in_a_row_equal_the_whole_model(tiny_model, stages):
     assert torch.equal(predicted, expected)
 
 
+def test_one_embedding_of_the_timestep_equals_one_a_token_as_the_pipeline_of_ti2v_gives(tiny_models):
+    """But for rounding: a matrix of equal rows is multiplied in another order than one row."""
+    folder = tiny_models("wan2.2-ti2v-5b")
+    whole = WanTransformer3DModel.from_pretrained(folder / "transformer").eval()
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn((1, 48, 5, 6, 8), generator=generator)
+    embeds = torch.randn((1, 12, 32), generator=generator)
+    stage = load(folder, range(8))
+    with torch.inference_mode():
+        timestep = torch.tensor(700)
+        tokens = (torch.ones((5, 6, 8))[:, ::2, ::2] * timestep).flatten()[None]  # as in WanPipeline.__call__
+        expected = whole(latents, tokens, embeds).sample
+        embedding, projection = stage.time(timestep[None], embeds)
+        rotary, _ = stage.rotaries((5, 6, 8), after=0)
+        around = Surroundings(rotary, rotary, branch=0, uses_next=False, kept=None)
+        hidden = stage(stage.embed(latents), stage.condition(embeds), projection, around)
+        predicted = stage.predict(hidden, embedding, (5, 6, 8))
+    assert (predicted - expected).abs().max() < 5e-6 * expected.abs().max()
+
+
 def test_the_stages_parameters_are_a_partition_of_the_models(tiny_model):
     whole = WanTransformer3DModel.from_pretrained(tiny_model / "transformer")
     held = [name for share in topology.shares(8, 3) for name, _ in load(tiny_model, share).named_parameters()]
