@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from . import models, topology
-from .wan import WanStage
+from .wan import WanStage, dtype_of
 
 RANKS = (1, 2, 4, 8)
 _WAN = {"attention_head_dim": 128, "freq_dim": 256, "text_dim": 4096, "patch_size": (1, 2, 2)}
@@ -56,7 +56,7 @@ def shares(experts: Sequence[Mapping[str, Any]], ranks: int, dtype: torch.dtype 
 def share(experts: Sequence[Mapping[str, Any]], layers: range, dtype: torch.dtype) -> Share:
     """The part of the rank with these layers; else as ``shares``."""
     sizes = [
-        (parameter.numel(), (torch.float32 if _is_kept(name) else dtype).itemsize)
+        (parameter.numel(), dtype_of(name, dtype).itemsize)
         for config in experts
         for name, parameter in _stage(config, layers).named_parameters()
     ]
@@ -67,11 +67,6 @@ def _stage(config: Mapping[str, Any], layers: range) -> WanStage:
     with torch.device("meta"):
         stage: WanStage = WanStage.from_config(dict(config), first_layer=layers.start, last_layer=layers.stop)
     return stage
-
-
-def _is_kept(name: str) -> bool:
-    """Whether diffusers loads it in float32 whatever the dtype."""
-    return not set(WanStage._keep_in_fp32_modules).isdisjoint(name.split("."))
 
 
 def tables(released: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:

@@ -8,23 +8,26 @@ D = inner dimension, H heads.
 
 from __future__ import annotations
 
-import json
-import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from . import models
 from .errors import ModelInvalidError
 
-INDEX = "diffusion_pytorch_model.safetensors.index.json"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
 Rotary = tuple[Tensor, Tensor]  # cosines and sines, each (1, tokens, 1, head_dim)
 
 
@@ -96,18 +99,9 @@ class _Elsewhere(nn.Module):
 class WanStage(WanTransformer3DModel):  # type: ignore[misc]
     """Layers ``first_layer`` to ``last_layer`` (exclusive) of a ``WanTransformer3DModel``.
 
-    ``from_pretrained`` materialises only these layers, and the embeddings on the first stage and the projection on the
+    It has the parameters of these layers only, and the embeddings on the first stage and the projection on the
     last. The first stage is the one with layer 0.
     """
-
-    _keys_to_ignore_on_load_unexpected = (
-        r"^blocks\.",
-        r"^patch_embedding\.",
-        r"^condition_embedder\.",
-        r"^proj_out\.",
-        r"^scale_shift_table$",
-        r"norm_added_q",
-    )
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
@@ -226,55 +220,75 @@ class WanStage(WanTransformer3DModel):  # type: ignore[misc]
 
 
 def load(folder: Path, layers: range, dtype: torch.dtype, device: torch.device) -> WanStage:
-    """The stage with these layers, read from a diffusers transformer folder; other layers are never read.
+    """The stage with these layers, read from a diffusers transformer folder tensor by tensor.
+
+    Only the byte ranges of the stage's own tensors are read, and the host holds one of them at a time.
+
+    Args:
+        folder: with ``config.json`` and safetensors, sharded with an index or not.
+        layers: of the model.
+        dtype: of all weights but those that diffusers keeps in float32.
+        device: where the weights go.
 
     Raises:
         ModelNotFoundError: there is no such folder.
         ModelInvalidError: a file is missing, broken, or holds another class of model.
     """
     config = models.read_transformer(folder)
-    with tempfile.TemporaryDirectory() as own:
-        source = _own_shards(folder, layers, int(config["num_layers"]), Path(own))
-        try:
-            stage, report = WanStage.from_pretrained(
-                source,
-                output_loading_info=True,
-                first_layer=layers.start,
-                last_layer=layers.stop,
-                torch_dtype=dtype,
-                use_safetensors=True,
-                local_files_only=True,
-            )
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise ModelInvalidError(f"{folder} cannot be loaded: {error}") from error
-    missing = sorted(report["missing_keys"])
-    if missing:  # diffusers would go on with random weights
-        raise ModelInvalidError(f"{folder} lacks {len(missing)} tensors, the first is {missing[0]}")
+    with init_empty_weights():
+        stage: WanStage = WanStage.from_config(config, first_layer=layers.start, last_layer=layers.stop)
+    shapes = {name: parameter.shape for name, parameter in stage.named_parameters()}
+    weights: dict[str, Tensor] = {}
+    for file, names in _by_shard(folder, shapes).items():
+        for name, tensor in _tensors(file, names):
+            if tensor.shape != shapes[name]:
+                found, asked = tuple(tensor.shape), tuple(shapes[name])
+                raise ModelInvalidError(f"{file}: {name} has the shape {found} where config.json asks for {asked}")
+            weights[name] = tensor.to(device, dtype_of(name, dtype))  # on the CPU it may stay mapped
+    stage.load_state_dict(weights, assign=True)
     ready: WanStage = stage.to(device).eval().requires_grad_(False)
     return ready
 
 
-def _own_shards(folder: Path, layers: range, num_layers: int, own: Path) -> Path:
-    """A folder of links whose index names only the tensors of these layers, so that only their shards are opened."""
-    if not (folder / INDEX).exists():
-        return folder
-    index = json.loads((folder / INDEX).read_text())
-    weight_map = {key: file for key, file in index["weight_map"].items() if _needs(key, layers, num_layers)}
-    absent = sorted({file for file in weight_map.values() if not (folder / file).exists()})
+def dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a tensor is held: float32 for those that diffusers keeps so, whatever the others' is."""
+    kept = not set(WanStage._keep_in_fp32_modules).isdisjoint(name.split("."))
+    return torch.float32 if kept else dtype
+
+
+def _by_shard(folder: Path, names: Iterable[str]) -> dict[Path, list[str]]:
+    """Which file holds which of these tensors."""
+    index = folder / INDEX
+    if index.exists():
+        files = models.read_json(index).get("weight_map", {})
+    else:
+        files = dict.fromkeys(_keys(folder / WEIGHTS), WEIGHTS)
+    absent = sorted(set(names) - set(files))
     if absent:
-        raise ModelInvalidError(f"{folder} lacks the shard {absent[0]}, which its index names: download it again")
-    for file in {*weight_map.values(), "config.json"}:
-        (own / file).symlink_to((folder / file).resolve())
-    (own / INDEX).write_text(json.dumps({**index, "weight_map": weight_map}))
-    return own
+        raise ModelInvalidError(f"{folder} lacks {len(absent)} tensors, the first is {absent[0]}")
+    found: dict[Path, list[str]] = {}
+    for name in names:
+        found.setdefault(folder / files[name], []).append(name)
+    return found
 
 
-def _needs(key: str, layers: range, num_layers: int) -> bool:
-    part = key.split(".")
-    if part[0] == "blocks":
-        return int(part[1]) in layers
-    if part[0] in ("patch_embedding", "condition_embedder"):
-        return layers.start == 0
-    if part[0] in ("proj_out", "scale_shift_table"):
-        return layers.stop == num_layers
-    return True
+def _keys(file: Path) -> list[str]:
+    with _reading(file), safe_open(file, "pt") as shard:
+        return list(shard.keys())
+
+
+def _tensors(file: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors one by one, mapped and not yet read."""
+    with _reading(file), safe_open(file, "pt") as shard:
+        for name in names:
+            yield name, shard.get_tensor(name)
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ModelInvalidError(f"{file.parent} lacks the shard {file.name}: download it again") from error
+    except (OSError, SafetensorError) as error:
+        raise ModelInvalidError(f"{file} cannot be loaded, download it again: {error}") from error
