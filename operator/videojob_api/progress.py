@@ -86,6 +86,7 @@ class Reason(StrEnum):
     BUCKET_NOT_FOUND = "BucketNotFound"  # permanent: the bucket does not exist
     OUTPUT_CONFLICT = "OutputConflict"  # permanent: another render writes under the same prefix
     STORAGE_UNAVAILABLE = "StorageUnavailable"  # retryable: storage did not answer for minutes
+    NOT_FINITE = "NotFinite"  # permanent: NaN or infinity in the latents, as it would be again
     OUT_OF_MEMORY = "OutOfMemory"  # retryable once: another neighbour may leave more
     RANK_KILLED = "RankKilled"  # retryable: a signal ended a rank, often for lack of memory
     PEER_LOST = "PeerLost"  # retryable: a rank vanished or stopped answering
@@ -101,6 +102,7 @@ PERMANENT = frozenset(
         Reason.ACCESS_DENIED,
         Reason.BUCKET_NOT_FOUND,
         Reason.OUTPUT_CONFLICT,
+        Reason.NOT_FINITE,
     }
 )
 

@@ -110,6 +110,7 @@ ENDS_THE_RENDER = {
     Reason.ACCESS_DENIED: True,
     Reason.BUCKET_NOT_FOUND: True,
     Reason.OUTPUT_CONFLICT: True,
+    Reason.NOT_FINITE: True,
     Reason.STORAGE_UNAVAILABLE: False,
     Reason.OUT_OF_MEMORY: False,
     Reason.RANK_KILLED: False,

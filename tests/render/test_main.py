@@ -26,7 +26,9 @@ from videojob_worker.errors import (
     ModelInvalidError,
     ModelNotFoundError,
     OutputConflictError,
+    PeerLostError,
 )
+from videojob_worker.place import Place
 from videojob_worker.store import CLAIM, FolderStore, Output
 
 
@@ -181,13 +183,20 @@ def test_the_first_reason_is_the_last_word(job):
 @pytest.mark.parametrize(
     ("error", "reason", "said"),
     [
-        (torch.OutOfMemoryError("2 GiB"), "OutOfMemory", "rank 3 is out of GPU memory: use more GPUs"),
-        (KeyError("odd"), "Crashed", "rank 3: KeyError: 'odd'"),
+        (torch.OutOfMemoryError("2 GiB"), "OutOfMemory", "rank 3 while loading: out of GPU memory: use more GPUs"),
+        (MemoryError("2 GiB"), "OutOfMemory", "rank 3 while loading: out of memory: raise spec.resources.memory"),
+        (
+            RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"),
+            "OutOfMemory",
+            "raise spec.resources.memory",
+        ),
+        (PeerLostError("lost rank 2"), "PeerLost", "rank 3 while loading: lost rank 2"),
+        (KeyError("odd"), "Crashed", "rank 3 while loading: KeyError: 'odd'"),
         (ModelNotFoundError("no model there"), "ModelNotFound", "no model there"),
     ],
 )
 def test_an_error_becomes_a_reason_with_a_remedy(error, reason, said):
-    given, message = worker.cause(error, 3)
+    given, message = worker.cause(error, Place(3))
     assert given == reason
     assert said in message
 

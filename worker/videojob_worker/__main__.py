@@ -12,8 +12,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -35,11 +35,13 @@ from . import conditions, models, report, sampler, settings, source, topology, w
 from .blocks import Blocks, noise
 from .conditions import Conditions
 from .decoder import StreamingDecoder
-from .errors import InvalidSpecError, ModelInvalidError, RenderError
-from .link import Link, TorchLink
+from .errors import InvalidSpecError, ModelInvalidError, PeerLostError, RenderError
+from .link import Link, TorchLink, board
 from .models import Model
 from .pipeline import Ring
+from .place import Place
 from .publisher import Publisher
+from .pulse import Pulse
 from .schedule import Turn
 from .settings import Settings
 from .store import FolderStore, Output, S3Store, Store
@@ -48,6 +50,7 @@ from .wan import WanStage
 log = logging.getLogger("videojob_worker")
 
 GRACE_S = 15.0  # from SIGTERM to the end; torchrun kills after 30 s
+LOST_GRACE_S = 5.0  # from the loss of another rank to the end
 
 
 def main() -> None:
@@ -59,13 +62,15 @@ def main() -> None:
     _quiet_libraries()
     ending = Ending(config)
     ending.heed_sigterm()
+    place = Place(config.rank)
     try:
-        message = render(config)
+        with _pulse(config, place, ending):
+            message = render(config, place)
     except SystemExit:  # by ``_unwind``
         ending.tell_terminated()
         raise
     except Exception as error:
-        reason, message = cause(error, config.rank)
+        reason, message = cause(error, place)
         log.error("%s: %s", reason, message, exc_info=None if isinstance(error, RenderError) else error)
         ending.tell(Outcome.FAILED, reason, message)
         sys.exit(1)
@@ -123,18 +128,43 @@ def _unwind(_signum: int, _frame: Any) -> None:
     sys.exit(1)
 
 
-def cause(error: Exception, rank: int) -> tuple[Reason, str]:
+def cause(error: Exception, place: Place) -> tuple[Reason, str]:
     """What is said of an error."""
+    if isinstance(error, PeerLostError):
+        return error.reason, f"{place}: {error}"
     if isinstance(error, RenderError):
         return error.reason, str(error)
     if isinstance(error, torch.OutOfMemoryError):
         remedy = "use more GPUs, fewer dualParallel latents or a smaller video"
-        return Reason.OUT_OF_MEMORY, f"rank {rank} is out of GPU memory: {remedy}: {error}"
-    return Reason.CRASHED, f"rank {rank}: {type(error).__name__}: {error}"
+        return Reason.OUT_OF_MEMORY, f"{place}: out of GPU memory: {remedy}: {error}"
+    if isinstance(error, MemoryError) or "not enough memory" in str(error):  # the latter is torch's
+        remedy = "raise spec.resources.memory, or use more nodes, fewer dualParallel latents or a smaller video"
+        return Reason.OUT_OF_MEMORY, f"{place}: out of memory: {remedy}: {error}"
+    return Reason.CRASHED, f"{place}: {type(error).__name__}: {error}"
 
 
-def render(config: Settings) -> str:
+@contextmanager
+def _pulse(config: Settings, place: Place, ending: Ending) -> Iterator[None]:
+    """Show the other ranks that this one lives, and end where one of them does not."""
+    if config.world_size == 1:
+        yield
+        return
+
+    def lost(message: str) -> None:
+        ending.tell(Outcome.FAILED, Reason.PEER_LOST, f"{place}: {message}")
+        log.error("%s", message)
+        os.kill(os.getpid(), signal.SIGTERM)  # orderly, if the main thread can
+        time.sleep(LOST_GRACE_S)
+        os._exit(1)
+
+    silence = timedelta(seconds=config.peer_timeout_s)
+    with Pulse(lambda: board(silence), config.rank, config.world_size, config.peer_timeout_s, place.name, lost):
+        yield
+
+
+def render(config: Settings, place: Place | None = None) -> str:
     """This rank's part of the render; on the first rank, where the video is."""
+    place = place or Place(config.rank)
     videojob = _videojob(config.spec)
     reporter = report.Reporter(videojob_api.plan.cut(videojob.spec), videojob.spec.video.fps, config.attempt, time.time)
     device = _device(config)
@@ -146,18 +176,19 @@ def render(config: Settings) -> str:
         model = models.read(source.fetch(videojob.spec.model.source, config.scratch))
         spec, grid = sampler.resolve(videojob.spec, model), model.grid(videojob.spec.video)
         plan = videojob_api.plan.plan(spec)
-        layers = topology.shares(model.layers, config.world_size)[config.rank]
+        place.shares = topology.shares(model.layers, config.world_size)
+        layers = place.shares[config.rank]
         log.info("%s, %s", model.kind, sampler.used(spec))
         reporter.sampling(sampler.used(spec))
         stages = [wan.load(folder, layers, getattr(torch, config.dtype), device) for folder in model.experts]
         log.info("holds layers %d to %d of %d on %s", layers.start, layers.stop - 1, model.layers, device)
-        link = TorchLink(device, timedelta(seconds=config.peer_timeout_s))
+        link = TorchLink(device, timedelta(seconds=config.stall_timeout_s), place.name)
         scheduler = sampler.load(model, spec, device)
         shared = _conditions(spec, model, stages, link, scheduler.timesteps, config, device)
         blocks = None
         if output is not None:
             blocks = Blocks(plan, scheduler, noise(plan, model.channels, *grid, spec.sampling.seed), device)
-        ring = Ring(plan, grid, stages, shared, link, blocks)
+        ring = Ring(plan, grid, stages, shared, link, blocks, place)
         if output is None:
             ring.run(_nothing, _nothing)
         else:

@@ -4,6 +4,7 @@
     ├── InvalidSpecError          the model cannot render this spec
     ├── ModelNotFoundError        the source holds no such model
     ├── ModelInvalidError         a file of the model is missing, broken or of an unknown class
+    ├── NotFiniteError            latents or hidden states became NaN or infinite
     ├── PeerLostError             a rank vanished or stopped answering
     └── StorageError
         ├── AccessDeniedError         the credentials are refused
@@ -43,6 +44,12 @@ class ModelInvalidError(RenderError):
     """A file of the model is missing, broken or of an unknown class."""
 
     reason = Reason.MODEL_INVALID
+
+
+class NotFiniteError(RenderError):
+    """Latents or hidden states became NaN or infinite; the same spec would end so again."""
+
+    reason = Reason.NOT_FINITE
 
 
 class PeerLostError(RenderError):

@@ -8,15 +8,25 @@ nothing, and the others only that they were asked to stop; this process is the o
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 from typing import Any, NoReturn
 
-from videojob_api.progress import Outcome, Reason
+from pydantic import ValidationError
+
+from videojob_api.progress import LastWords, Outcome, Reason
 
 from . import report, settings
 
 log = logging.getLogger(__name__)
+
+# What ends a rank whose GPU waits in vain; torchrun sets the first one itself, but only by default.
+NCCL = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",  # a failed or overdue transfer aborts and ends the process
+    "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "120",  # and so does a watchdog that is stuck itself
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",  # nobody would find the dump, and it delays the end
+}
 
 
 def main() -> None:
@@ -29,6 +39,7 @@ def main() -> None:
     # torchrun heeds SIGTERM only once its ranks run, and the kernel spares a container's first process what it does not
     # heed: without this, a pod that is deleted while torch is being imported stays for its whole grace period.
     signal.signal(signal.SIGTERM, stop)
+    os.environ.update({**NCCL, **os.environ})
     _run(config)
 
 
@@ -43,7 +54,7 @@ def _run(config: settings.Settings) -> None:
     except ChildFailedError as error:
         for rank, failure in sorted(error.failures.items()):
             if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:  # that one was torchrun's own
-                _leave(config, Reason.RANK_KILLED, killed(rank, -failure.exitcode))
+                _leave(config, Reason.RANK_KILLED, killed(rank, -failure.exitcode) + _seen(config))
         sys.exit(1)
     except DistError as error:
         log.exception("no rendezvous")
@@ -66,9 +77,21 @@ def killed(rank: int, number: int) -> str:
         name = f"signal {number}"
     remedy = {
         "SIGKILL": "where the node was out of memory, raise spec.resources.memory",
+        "SIGABRT": "a transfer between GPUs failed or was overdue, or a library gave up; the log says more",
         "SIGBUS": "where /dev/shm was full, raise spec.resources.sharedMemory",
     }.get(name, "the log may say more")
     return f"rank {rank} was killed by {name}: {remedy}"
+
+
+def _seen(config: settings.Settings) -> str:
+    """What the neighbour of a killed rank saw, which knows its layers, block and step."""
+    if config.last_words is None or not config.last_words.exists():
+        return ""
+    try:
+        words = LastWords.model_validate_json(config.last_words.read_text())
+    except ValidationError:
+        return ""
+    return f" ({words.message})" if words.reason is Reason.PEER_LOST else ""
 
 
 def _leave(config: settings.Settings, reason: Reason, message: str) -> None:

@@ -6,17 +6,23 @@ process. Knows nothing of what the tensors mean.
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import TCPStore
 
 from .errors import PeerLostError
+from .pulse import Board
+
+POLL_S = 0.0005  # for the end of an exchange between GPUs; a turn takes hundreds of times as long
 
 
 class Link(Protocol):
@@ -46,44 +52,82 @@ class TorchLink:
     """The ring over torch.distributed: NCCL on CUDA, gloo on the CPU.
 
     Both sides of a tick go into one batch, so that NCCL runs them as one group; every rank knows from the schedule
-    which sides are empty.
+    which sides are empty. gloo reports a lost neighbour at once and bounds every wait. NCCL does neither to this
+    thread, so here it runs at most one exchange ahead of its GPU, which costs nothing: that has a whole turn in hand.
+
+    Args:
+        device: of this rank's tensors.
+        timeout: of an exchange with a rank that lives; ``pulse`` notices the others sooner.
+        name: a rank for people.
     """
 
-    def __init__(self, device: torch.device, timeout: timedelta) -> None:
+    def __init__(self, device: torch.device, timeout: timedelta, name: Callable[[int], str] = "rank {}".format) -> None:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        bound = device if device.type == "cuda" else None
+        self._on_gpu = device.type == "cuda"
+        bound = device if self._on_gpu else None
         try:
             dist.init_process_group(backend, timeout=timeout, device_id=bound)
         except (RuntimeError, TimeoutError) as error:
             raise PeerLostError(f"the ranks did not find each other within {timeout}: {error}") from error
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
+        self._timeout = timeout
+        self._name = name
+        self._ahead: list[dist.Work] = []  # the exchange before, where waiting for it did not end it
 
     def exchange(self, sent: Tensor | None, received: Tensor | None) -> None:
         """See ``Link``."""
-        sides = []
+        before, after = (self.rank - 1) % self.size, (self.rank + 1) % self.size
+        sides, peers = [], []
         if received is not None:
-            sides.append(dist.P2POp(dist.irecv, received, (self.rank - 1) % self.size))
+            sides.append(dist.P2POp(dist.irecv, received, before))
+            peers.append(before)
         if sent is not None:
-            sides.append(dist.P2POp(dist.isend, sent, (self.rank + 1) % self.size))
+            sides.append(dist.P2POp(dist.isend, sent, after))
+            peers.append(after)
         if not sides:
             return
+        works: list[dist.Work] = []  # one a side over gloo, one of all over NCCL
+        ended: list[dist.Work] = []
         try:
-            for work in dist.batch_isend_irecv(sides):
+            works = dist.batch_isend_irecv(sides)
+            for work in works:
                 work.wait()
+                ended.append(work)
         except RuntimeError as error:
-            raise PeerLostError(f"rank {self.rank} lost a neighbour in the ring: {error}") from error
+            lost = [peers[len(ended)]] if len(works) == len(peers) else peers
+            raise PeerLostError(f"lost {' or '.join(map(self._name, lost))}: {error}") from error
+        self._keep_pace(works)
+
+    def _keep_pace(self, works: list[dist.Work]) -> None:
+        """Wait for the exchange before this one, which on CUDA was only put in line so far."""
+        deadline = time.monotonic() + self._timeout.total_seconds()
+        while not all(work.is_completed() for work in self._ahead):
+            if time.monotonic() > deadline:
+                raise PeerLostError(f"no exchange with the neighbours ended for {self._timeout}")
+            time.sleep(POLL_S)
+        self._ahead = works if self._on_gpu else []
 
     def broadcast(self, tensor: Tensor) -> None:
         """See ``Link``."""
         try:
             dist.broadcast(tensor, src=0)
         except RuntimeError as error:
-            raise PeerLostError(f"rank {self.rank} lost the first rank while loading: {error}") from error
+            raise PeerLostError(f"lost {self._name(0)}: {error}") from error
 
     def close(self) -> None:
         """See ``Link``."""
         dist.destroy_process_group()
+
+
+def board(timeout: timedelta) -> Board:
+    """The counters that all ranks share: torchrun's own store on the first node, by a connection of its own.
+
+    Raises:
+        RuntimeError: it does not answer.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])  # which torch.distributed reads, too
+    return TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)
 
 
 class LocalLink:
@@ -110,7 +154,7 @@ class LocalLink:
             try:
                 arrived = self._pipes[self.rank].get(timeout=self._together.timeout_s)
             except queue.Empty as error:
-                raise PeerLostError(f"rank {self.rank} waited in vain for its neighbour") from error
+                raise PeerLostError(f"waited in vain for rank {(self.rank - 1) % self.size}") from error
             if arrived.shape != received.shape or arrived.dtype != received.dtype:
                 raise RuntimeError(f"rank {self.rank} expected {received.shape}, got {arrived.shape}")
             received.copy_(arrived)

@@ -18,7 +18,9 @@ from videojob_api.plan import Plan
 from . import schedule
 from .blocks import Blocks
 from .conditions import Conditions
+from .finite import Finite, check_contexts
 from .link import Link
+from .place import Place
 from .schedule import Tick, Turn
 from .wan import Surroundings, WanStage
 
@@ -33,6 +35,10 @@ class Ring:
         conditions: contexts and time embeddings.
         link: to the neighbours.
         blocks: the queue of latents; on the first rank only.
+        place: kept up to date, for whoever must say where this rank stands.
+
+    Raises:
+        NotFiniteError: the prompts became NaN or infinite in the text encoder.
     """
 
     def __init__(
@@ -43,13 +49,17 @@ class Ring:
         conditions: Conditions,
         link: Link,
         blocks: Blocks | None,
+        place: Place | None = None,
     ) -> None:
+        check_contexts(conditions.contexts)
         self._plan = plan
         self._stages = stages
         self._stage = stages[0]  # for what all experts share: sizes, and which end of the ring this is
         self._conditions = conditions
         self._link = link
         self._blocks = blocks
+        self._place = place or Place(link.rank)
+        self._finite = Finite(self._stage.layers, is_first=self._stage.is_first)
         self._device = conditions.contexts.device
         self._grid = (plan.block_latents + plan.context_latents, *grid)
         self._tokens = self._stage.tokens(self._grid)
@@ -67,35 +77,48 @@ class Ring:
 
         Raises:
             PeerLostError: a neighbour vanished or did not answer in time.
+            NotFiniteError: latents or hidden states became NaN or infinite in this stage.
         """
         plan, size = self._plan, self._link.size
         inbox: Tensor | None = None
         for tick in schedule.ticks(plan.blocks, plan.steps, self._conditions.branches, size):
             on_tick()
             turn = tick[self._link.rank]
+            if turn is not None:
+                self._place.doing = self._at(turn)
             outbox = None if turn is None else self._compute(turn, inbox)
             inbox = self._exchange(tick, outbox)
             returned = tick[-1]
             if self._blocks is not None and returned is not None and returned.completes:
                 assert inbox is not None  # noqa: S101 - the schedule brings it
                 on_result(returned, self._blocks.apply(returned.block, returned.step, inbox))
+        self._finite.settle()
+        self._place.doing = "while finishing"
+
+    def _at(self, turn: Turn) -> str:
+        """A turn for people, who count from 1."""
+        block, step = f"block {turn.block + 1} of {self._plan.blocks}", f"step {turn.step + 1} of {self._plan.steps}"
+        return f"at {block}, {step} (sweep {turn.block + turn.step + 1})"
 
     def _compute(self, turn: Turn, inbox: Tensor | None) -> Tensor | None:
         """A turn through this stage: its hidden states, or on the last stage its prediction once it is complete."""
         conditions = self._conditions
         expert = conditions.experts[turn.step]
         stage = self._stages[expert]
-        hidden: Tensor | None = inbox
+        entered: Tensor | None = inbox
         if stage.is_first:
             assert self._blocks is not None  # noqa: S101 - the first rank holds the latents
-            hidden = stage.embed(self._blocks.input(turn.block, turn.step))
-        assert hidden is not None  # noqa: S101 - the schedule brings it
+            entered = self._blocks.input(turn.block, turn.step)
+        assert entered is not None  # noqa: S101 - the schedule brings it
+        hidden = stage.embed(entered) if stage.is_first else entered
         context = conditions.context(expert, self._plan.scene(turn.block), turn.branch)
         step = slice(turn.step, turn.step + 1)
         through: Tensor = stage(hidden, context, conditions.projections[step], self._surroundings(turn))
         if not stage.is_last:
+            self._finite.watch(self._at(turn), entered, through)
             return through
         prediction = stage.predict(through, conditions.embeddings[step], self._grid)
+        self._finite.watch(self._at(turn), entered, prediction)
         return self._guide(turn, prediction[:, :, self._left(turn.block) :].contiguous())
 
     def _surroundings(self, turn: Turn) -> Surroundings:

@@ -37,7 +37,7 @@ from videojob_api import names
 from videojob_api.spec import VideoJob
 
 from . import segments
-from .errors import RenderError
+from .errors import NotFiniteError, RenderError
 from .segments import H264, Frames, Segment
 from .store import Output, sha256_of
 
@@ -139,14 +139,15 @@ class Publisher:
                 so that the caller's stream has finished them and the GPU need not keep them.
 
         Raises:
-            RenderError: publishing an earlier block failed, or the latents are not finite.
+            RenderError: publishing an earlier block failed.
+            NotFiniteError: the latents are NaN or infinite.
             ValueError: the block is out of order or not of its length.
         """
         if block != self._submitted or latents.shape[2] != self._plan.wanted_latents(block):
             raise ValueError(f"block {block} of {latents.shape[2]} latents comes where block {self._submitted} is due")
         copy = latents.detach().to("cpu", torch.float32, copy=True)
         if not torch.isfinite(copy).all():
-            raise RenderError(f"block {block} is not finite (NaN or infinite): set VIDEOJOB_DTYPE to a wider type")
+            raise NotFiniteError(f"block {block} is not finite (NaN or infinite): set VIDEOJOB_DTYPE to a wider type")
         with self._changed:
             self._changed.wait_for(lambda: len(self._waiting) < self._capacity or self._ended)
             self._raise_failure()

@@ -18,6 +18,7 @@ ENV_DTYPE = "VIDEOJOB_DTYPE"  # float32, bfloat16 or float16
 ENV_OUTPUT_DIR = "VIDEOJOB_OUTPUT_DIR"  # a folder instead of spec.output
 ENV_DUMP_LATENTS = "VIDEOJOB_DUMP_LATENTS"  # a safetensors file for the clean latents
 ENV_PEER_TIMEOUT = "VIDEOJOB_PEER_TIMEOUT_SECONDS"
+ENV_STALL_TIMEOUT = "VIDEOJOB_STALL_TIMEOUT_SECONDS"
 
 
 class SettingsError(ValueError):
@@ -40,7 +41,8 @@ class Settings:
     last_words: Path | None  # where the reason of the end goes
     output_dir: Path | None  # a folder instead of object storage
     dump_latents: Path | None
-    peer_timeout_s: float  # how long a rank waits for its neighbour
+    peer_timeout_s: float  # how long another rank may give no sign of life
+    stall_timeout_s: float  # how long a rank waits for one that lives: the longest load, compilation or outage
 
 
 def read(environ: Mapping[str, str] = os.environ) -> Settings:
@@ -65,7 +67,8 @@ def read(environ: Mapping[str, str] = os.environ) -> Settings:
         last_words=_path(environ, names.ENV_LAST_WORDS),
         output_dir=_path(environ, ENV_OUTPUT_DIR),
         dump_latents=_path(environ, ENV_DUMP_LATENTS),
-        peer_timeout_s=_integer(environ, ENV_PEER_TIMEOUT, 1800, at_least=1),
+        peer_timeout_s=_integer(environ, ENV_PEER_TIMEOUT, 120, at_least=1),
+        stall_timeout_s=_integer(environ, ENV_STALL_TIMEOUT, 1800, at_least=1),
     )
 
 
