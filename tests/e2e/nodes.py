@@ -69,8 +69,7 @@ class Render:
         port = local.free_port()
         started: list[Node] = []
         try:
-            for index in range(nodes):
-                started.append(self._node(index, nodes, ranks, port, spec))
+            started += (self._node(index, nodes, ranks, port, spec) for index in range(nodes))
             yield started
         finally:
             for node in started:
@@ -101,13 +100,13 @@ class Render:
         }
         log = folder / "log"
         with log.open("wb") as file:
-            child = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
+            child = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
         return Node(folder, child)
 
 
 @dataclass
 class Node:
-    """One launcher and its ranks: a session of its own, as a container is."""
+    """One launcher and its ranks, as a container has them."""
 
     folder: Path
     launcher: subprocess.Popen[bytes]
@@ -129,16 +128,15 @@ class Node:
     @property
     def ranks(self) -> dict[int, int]:
         """Process ids by rank."""
-        found = {}
-        for stat in Path("/proc").glob("[0-9]*/stat"):
+        mine, found = f"{names.ENV_LAST_WORDS}={self.folder / 'words'}".encode(), {}
+        for environ in Path("/proc").glob("[0-9]*/environ"):
             try:
-                pid, session = int(stat.parent.name), int(stat.read_text().rpartition(")")[2].split()[3])
-                variables = (stat.parent / "environ").read_bytes().split(b"\0")
+                variables = environ.read_bytes().split(b"\0")
             except OSError:  # it has just ended
                 continue
             rank = next((entry for entry in variables if entry.startswith(b"RANK=")), None)
-            if session == self.launcher.pid and rank is not None:
-                found[int(rank.removeprefix(b"RANK="))] = pid
+            if mine in variables and rank is not None:
+                found[int(rank.removeprefix(b"RANK="))] = int(environ.parent.name)
         return found
 
     def kill(self) -> None:

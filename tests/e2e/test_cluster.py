@@ -294,3 +294,63 @@ def test_deleting_a_videojob_leaves_nothing(cluster, operator, s3, storage):
     job.until_phase("Starting", "Rendering")
     job.kubectl("delete", "videojob", "gone", "--timeout=60s")
     until(lambda: not job.list("jobs,pods,configmaps,services"), "the end of everything it owned", 150)
+
+
+def across(name: str, frames: int) -> dict:
+    """Two nodes of two ranks each; the test cluster's nodes have few CPUs."""
+    video = {"frames": frames, "width": 64, "height": 48}
+    resources = {"cpu": "250m", "memory": "2Gi"}
+    document = sample("01-minimal.yaml", video=video, nodes=2, ranksPerNode=2, resources=resources)
+    document["metadata"]["name"] = name
+    document["spec"]["output"]["s3"]["prefix"] = name
+    return document
+
+
+def test_two_nodes_render_one_video(cluster, operator, s3, storage):
+    job = Watched(cluster, storage, across("two-nodes", 150))
+    status = job.until_phase("Succeeded")
+    assert status["attempt"] == 1
+    assert status["progress"]["framesReady"] == 150
+    assert frames(str(s3.root / BUCKET / "two-nodes" / "video.mp4")) == 150
+    pods = sorted(job.list("pods"), key=lambda pod: pod["spec"]["hostname"])
+    assert [pod["spec"]["hostname"] for pod in pods] == ["two-nodes-1-0", "two-nodes-1-1"]
+    assert len({pod["spec"]["nodeName"] for pod in pods}) == 2
+    first, second = (job.kubectl("logs", pod["metadata"]["name"]) for pod in pods)
+    assert "rank 0 INFO holds layers 0 to 1" in first
+    assert "rank 1 INFO holds layers 2 to 3" in first
+    assert "rank 2 INFO holds layers 4 to 5" in second
+    assert "rank 3 INFO holds layers 6 to 7" in second
+
+
+KILL_RANKS = """
+import os, pathlib, signal
+for folder in pathlib.Path("/proc").glob("[0-9]*"):
+    if b"\\0RANK=" in (folder / "environ").read_bytes() and int(folder.name) != os.getpid():
+        os.kill(int(folder.name), signal.SIGKILL)
+"""
+HARM = {
+    "the first pod is deleted": (0, ("delete", "pod", "{pod}", "--wait=false"), "PodLost"),
+    "the second pod is deleted": (1, ("delete", "pod", "{pod}", "--wait=false"), "PodLost"),
+    "the second pod's ranks are killed": (1, ("exec", "{pod}", "--", "python", "-c", KILL_RANKS), "RankKilled"),
+}
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_a_harmed_pod_ends_the_attempt_and_the_next_one_succeeds(cluster, operator, s3, storage, harm):
+    index, command, reason = HARM[harm]
+    name = "harmed-" + "".join(word[0] for word in harm.split())
+    job = Watched(cluster, storage, across(name, 1201))
+    until(lambda: (job.status.get("progress") or {}).get("segments"), "the first segment", 240, every_s=0.2)
+    (pod,) = (pod for pod in job.list("pods") if pod["spec"]["hostname"] == f"{name}-1-{index}")
+    job.kubectl(*(word.format(pod=pod["metadata"]["name"]) if word == "{pod}" else word for word in command))
+
+    def failed() -> str | None:
+        conditions = {condition["type"]: condition for condition in job.status["conditions"]}
+        message: str = conditions["Rendering"]["message"]
+        return message if message.startswith("attempt 1 failed") else None
+
+    message = until(failed, "the end of attempt 1", 60, every_s=0.2)
+    assert message.startswith(f"attempt 1 failed, another follows; {reason}: ")
+    status = job.until_phase("Succeeded")
+    assert status["attempt"] == 2
+    assert frames(str(s3.root / BUCKET / name / "video.mp4")) == 1201

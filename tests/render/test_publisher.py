@@ -25,6 +25,7 @@ from videojob_api.spec import S3Location, VideoJob
 from videojob_worker import segments
 from videojob_worker.errors import (
     AccessDeniedError,
+    NotFiniteError,
     OutputConflictError,
     RenderError,
     StorageUnavailableError,
@@ -291,7 +292,7 @@ def test_latents_that_are_not_finite_are_refused_with_the_remedy(rig):
     broken = latents(0)
     broken[0, 0, 2] = float("nan")
     one = rig()
-    with one.publisher, pytest.raises(RenderError, match=r"block 0 is not finite.*VIDEOJOB_DTYPE"):
+    with one.publisher, pytest.raises(NotFiniteError, match=r"block 0 is not finite.*VIDEOJOB_DTYPE"):
         one.publisher.submit(0, broken)
     assert one.store.written == []
 

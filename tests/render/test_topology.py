@@ -30,3 +30,11 @@ def test_uneven_layers_spare_the_first_stage():
 def test_more_ranks_than_layers_name_the_fields_to_lower():
     with pytest.raises(InvalidSpecError, match=r"8 layers.*9 ranks.*spec\.ranksPerNode to at most 8"):
         topology.shares(8, 9)
+
+
+@given(st.integers(2, 9), st.integers(1, 9))
+def test_each_node_has_one_link_to_the_next_and_one_from_the_one_before(nodes, ranks):
+    size = nodes * ranks
+    node_of = {rank: rank // ranks for rank in range(size)}  # as torchrun numbers them
+    hops = [(node_of[rank], node_of[(rank + 1) % size]) for rank in range(size)]
+    assert sorted(hop for hop in hops if hop[0] != hop[1]) == sorted((n, (n + 1) % nodes) for n in range(nodes))

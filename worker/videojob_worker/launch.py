@@ -21,6 +21,8 @@ from . import report, settings
 
 log = logging.getLogger(__name__)
 
+PATIENCE_S = 25  # torchrun kills the ranks that have not ended 30 s after the first one
+
 # What ends a rank whose GPU waits in vain; torchrun sets the first one itself, but only by default.
 NCCL = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",  # a failed or overdue transfer aborts and ends the process
@@ -52,8 +54,10 @@ def _run(config: settings.Settings) -> None:
     try:
         torchrun.run(torchrun.parse_args(sys.argv[1:]))  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
+        first = min(failure.timestamp for failure in error.failures.values())
         for rank, failure in sorted(error.failures.items()):
-            if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:  # that one was torchrun's own
+            own = failure.exitcode == -signal.SIGTERM or failure.timestamp - first >= PATIENCE_S  # torchrun's
+            if failure.exitcode < 0 and not own:
                 _leave(config, Reason.RANK_KILLED, killed(rank, -failure.exitcode) + _seen(config))
         sys.exit(1)
     except DistError as error:
