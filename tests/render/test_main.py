@@ -234,8 +234,9 @@ def test_a_rank_that_waits_for_storage_ends_at_once_when_asked_to(job, silent):
 def test_a_rank_that_waits_in_cpp_for_another_ends_in_time_when_asked_to(job, silent):
     job.environment = torchruns(rank=1, size=2, port=port(silent))
     with job.start() as child:
-        connection, _ = silent.accept()
-        with connection:
+        pulse, _ = silent.accept()
+        main, _ = silent.accept()
+        with pulse, main:
             child.send_signal(signal.SIGTERM)
             child.communicate(timeout=worker.GRACE_S + 10)
     assert child.returncode == 1

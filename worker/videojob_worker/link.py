@@ -71,9 +71,8 @@ class TorchLink:
             raise PeerLostError(f"the ranks did not find each other within {timeout}: {error}") from error
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
-        self._timeout = timeout
+        self._pace = Pace(timeout) if self._on_gpu else None
         self._name = name
-        self._ahead: list[dist.Work] = []  # the exchange before, where waiting for it did not end it
 
     def exchange(self, sent: Tensor | None, received: Tensor | None) -> None:
         """See ``Link``."""
@@ -97,16 +96,8 @@ class TorchLink:
         except RuntimeError as error:
             lost = [peers[len(ended)]] if len(works) == len(peers) else peers
             raise PeerLostError(f"lost {' or '.join(map(self._name, lost))}: {error}") from error
-        self._keep_pace(works)
-
-    def _keep_pace(self, works: list[dist.Work]) -> None:
-        """Wait for the exchange before this one, which on CUDA was only put in line so far."""
-        deadline = time.monotonic() + self._timeout.total_seconds()
-        while not all(work.is_completed() for work in self._ahead):
-            if time.monotonic() > deadline:
-                raise PeerLostError(f"no exchange with the neighbours ended for {self._timeout}")
-            time.sleep(POLL_S)
-        self._ahead = works if self._on_gpu else []
+        if self._pace is not None:
+            self._pace.keep(works)
 
     def broadcast(self, tensor: Tensor) -> None:
         """See ``Link``."""
@@ -118,6 +109,39 @@ class TorchLink:
     def close(self) -> None:
         """See ``Link``."""
         dist.destroy_process_group()
+
+
+class Work(Protocol):
+    """A transfer under way, as torch.distributed shows it."""
+
+    def is_completed(self) -> bool:
+        """Whether it has ended."""
+        ...
+
+
+class Pace:
+    """Keeps this process at most one exchange ahead of its GPU, on which waiting for a transfer only puts it in line.
+
+    Args:
+        timeout: for an exchange to end.
+    """
+
+    def __init__(self, timeout: timedelta) -> None:
+        self._timeout = timeout
+        self._before: Sequence[Work] = ()
+
+    def keep(self, works: Sequence[Work]) -> None:
+        """A new exchange was put in line: wait for the one before it.
+
+        Raises:
+            PeerLostError: it does not end.
+        """
+        deadline = time.monotonic() + self._timeout.total_seconds()
+        while not all(work.is_completed() for work in self._before):
+            if time.monotonic() > deadline:
+                raise PeerLostError(f"no exchange with the neighbours ended for {self._timeout}")
+            time.sleep(POLL_S)
+        self._before = works
 
 
 def board(timeout: timedelta) -> Board:
