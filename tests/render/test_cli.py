@@ -8,7 +8,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from videojob_worker import cli, manifest
+from videojob_worker import cli, manifest, models
 
 SAMPLES = Path(__file__).parents[2] / "manifests" / "samples"
 
@@ -99,6 +99,24 @@ def test_a_tiny_model_has_the_layers_asked_for(run, tmp_path):
     assert run("tiny-model", tmp_path / "tiny", "--layers", 3).exit_code == 0
     assert '"num_layers": 3' in (tmp_path / "tiny" / "transformer" / "config.json").read_text()
     assert (tmp_path / "tiny" / "tokenizer" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["wan2.2-a14b", "wan2.2-ti2v-5b"])
+def test_a_tiny_model_is_of_the_kind_asked_for(run, tmp_path, kind):
+    result = run("tiny-model", tmp_path / "tiny", "--layers", 1, "--kind", kind)
+    assert f"a {kind} model with 1 layers" in result.stdout
+    assert models.read(tmp_path / "tiny").kind == kind
+
+
+def test_a_kind_that_is_none_is_refused_with_those_there_are(run, tmp_path):
+    result = run("tiny-model", tmp_path / "tiny", "--kind", "wan3")
+    assert result.exit_code == 2
+    assert "wan2.2-ti2v-5b" in result.stderr
+
+
+def test_a_summary_says_how_many_steps_or_who_knows(run, write_manifest):
+    assert "8 steps each" in run("validate", write_manifest()).stdout
+    assert "the model's default steps each" in run("validate", write_manifest(sampling={})).stdout
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,24 @@ def test_each_expert_embeds_the_prompts_and_the_timesteps_that_are_its_own(tiny_
     assert low.condition_embedder is None
 
 
+def test_of_an_expert_that_makes_no_step_there_are_no_conditions(tiny_models):
+    folder = tiny_models("wan2.2-a14b")
+    stages = [wan.load(folder / name, range(4), torch.float32, CPU) for name in ("transformer", "transformer_2")]
+    computed = conditions.compute(stages, [torch.zeros((1, 512, 32))], TIMESTEPS, (0, 0, 0), (4.0, 3.0))
+    shared = conditions.share(
+        LocalLink.ring(1)[0],
+        None,
+        scenes=0,
+        width=WIDTH,
+        experts=computed.experts,
+        guidance=computed.guidance,
+        dtype=torch.float32,
+        device=CPU,
+    )
+    assert computed.contexts.shape == shared.contexts.shape == (1, 1, 512, WIDTH)
+    assert stages[1].condition_embedder is None
+
+
 def test_the_condition_embedder_is_dropped(first):
     conditions.compute([first], [torch.zeros((1, 512, 32))], TIMESTEPS, (0, 0, 0), None)
     assert first.condition_embedder is None

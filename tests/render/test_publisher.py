@@ -56,7 +56,7 @@ def videojob(frames: int = FRAMES) -> VideoJob:
     )
 
 
-PLAN = plans.plan(videojob().spec)
+PLAN = plans.cut(videojob().spec)
 ALL_WRITES = [
     names.segment(0),
     names.INIT_SEGMENT,

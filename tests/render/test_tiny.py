@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from diffusers import WanPipeline
 
 from videojob_worker import tiny
+from videojob_worker.models import Kind
 
 SHARDS = "diffusion_pytorch_model-*.safetensors"
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
@@ -18,24 +20,28 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_stock_diffusers_loads_it_and_renders(tiny_model):
-    pipeline = WanPipeline.from_pretrained(tiny_model)
+@pytest.mark.parametrize("kind", Kind)
+def test_stock_diffusers_loads_it_and_renders(tiny_models, kind):
+    pipeline = WanPipeline.from_pretrained(tiny_models(kind))
     pipeline.set_progress_bar_config(disable=True)
     frames = pipeline(
         "a fox",
         height=32,
-        width=48,
+        width=64,
         num_frames=5,
         num_inference_steps=2,
         generator=torch.Generator().manual_seed(0),
         output_type="pt",
     ).frames
-    assert frames.shape == (1, 5, 3, 32, 48)
+    assert frames.shape == (1, 5, 3, 32, 64)
     assert torch.isfinite(frames).all()
 
 
-def test_the_transformer_lies_in_several_shards_with_an_index(tiny_model):
-    folder = tiny_model / "transformer"
+@pytest.mark.parametrize(
+    ("kind", "transformer"), [(kind, "transformer") for kind in Kind] + [(Kind.A14B, "transformer_2")]
+)
+def test_a_transformer_lies_in_several_shards_with_an_index(tiny_models, kind, transformer):
+    folder = tiny_models(kind) / transformer
     shards = {path.name for path in folder.glob(SHARDS)}
     weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
     assert len(shards) > 2
@@ -50,6 +56,13 @@ def test_no_file_is_a_pickle(tiny_model):
 def test_the_same_seed_gives_the_same_bytes(tiny_model, tmp_path):
     tiny.save(tmp_path / "again")
     assert content(tmp_path / "again") == content(tiny_model)
+
+
+def test_two_experts_differ(tiny_models):
+    folder = tiny_models(Kind.A14B)
+    mine, other = content(folder / "transformer"), content(folder / "transformer_2")
+    assert mine.keys() == other.keys()
+    assert not [name for name in mine if name.endswith(".safetensors") and mine[name] == other[name]]
 
 
 def test_another_seed_gives_other_weights_in_the_same_files(tiny_model, tmp_path):

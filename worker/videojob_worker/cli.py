@@ -41,7 +41,7 @@ Manifest = Annotated[Path, typer.Argument(help="A VideoJob in YAML or JSON; - re
 def validate(file: Manifest) -> None:
     """Print everything that is wrong with a manifest, or a summary of what it would render."""
     videojob = _read(_load(file), file)
-    counts, steps = cut(videojob.spec), videojob.spec.sampling.steps or "the model's"
+    counts, steps = cut(videojob.spec), videojob.spec.sampling.steps or "the model's default"
     video = videojob.spec.video
     out.print(
         f"{file}: valid. {counts.frames} frames ({counts.frames / video.fps:.1f} s) of {video.width}x{video.height} "
