@@ -47,6 +47,14 @@ VIDEO: Final = "video.mp4"
 MANIFEST: Final = "manifest.json"
 
 
+CHECKPOINTS: Final = ("checkpoint/0.safetensors", "checkpoint/1.safetensors")  # two generations, written in turn
+
+
+def clean_latents(block: int) -> str:
+    """The object name of a block's clean latents, which are kept until the whole video is there."""
+    return f"checkpoint/latents/{block:05d}.safetensors"
+
+
 def segment(block: int) -> str:
     """The object name of a block's media segment, relative to the prefix."""
     return f"segments/{block:05d}.m4s"

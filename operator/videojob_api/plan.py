@@ -89,6 +89,14 @@ class Plan(Cut):
         """(block, step) pairs in all."""
         return self.steps * self.blocks
 
+    def turns_before(self, sweep: int) -> int:
+        """Turns of the sweeps before this one."""
+        return sum(min(self.steps, max(0, sweep - block)) for block in range(self.blocks))
+
+    def clean_before(self, sweep: int) -> int:
+        """Blocks that the sweeps before this one made clean."""
+        return min(self.blocks, max(0, sweep - self.steps + 1))
+
 
 def latents_of(frames: int) -> int:
     """Latents needed for a number of frames."""

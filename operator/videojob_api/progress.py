@@ -45,6 +45,8 @@ class Progress(Model):
     blocks_done: Annotated[int, Field(ge=0)]
     """Blocks whose latents are clean."""
     blocks_total: Annotated[int, Field(ge=1)]
+    resumed_from_block: Annotated[int, Field(ge=0)] | None = None
+    """The first block that this attempt had to make clean; absent where it began at the beginning."""
     frames_ready: Annotated[int, Field(ge=0)]
     """Frames in storage and named by the playlist."""
     frames_total: Annotated[int, Field(ge=1)]

@@ -216,6 +216,13 @@ class DualParallel(Model):
     )
 
 
+class Checkpoint(Model):
+    """How much work an interruption may cost."""
+
+    every_seconds: Annotated[int, Field(ge=0, le=86_400)] = 60
+    """Seconds of work after which the state is written to storage; 0 writes it only when the worker is stopped."""
+
+
 class Resources(Model):
     """What each pod asks for beside its GPUs."""
 
@@ -257,6 +264,8 @@ class Spec(Model):
     """Steps, guidance and seed."""
     dual_parallel: DualParallel = DualParallel()
     """Block and context length."""
+    checkpoint: Checkpoint = Checkpoint()
+    """When the state is saved. A change takes effect at the next attempt."""
     nodes: Annotated[int, Field(ge=1, le=64)] = 1
     """Pods, each on its own node. A change takes effect at the next attempt."""
     gpus_per_node: Annotated[int, Field(ge=0, le=16)] = 8
@@ -316,8 +325,8 @@ class Spec(Model):
         return self.nodes * self.ranks
 
     def digest(self) -> str:
-        """SHA-256 of what determines the video: not the machines it runs on, nor the place it is written to."""
-        elsewhere = {"nodes", "gpus_per_node", "ranks_per_node", "resources", "output"}
+        """SHA-256 of what determines the video: not the machines, the place or the checkpoints."""
+        elsewhere = {"checkpoint", "nodes", "gpus_per_node", "ranks_per_node", "resources", "output"}
         render = self.model_dump(mode="json", by_alias=True, exclude=elsewhere)
         return hashlib.sha256(json.dumps(render, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 

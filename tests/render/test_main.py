@@ -80,7 +80,8 @@ class Job:
 
     def render(self) -> str:
         """In this process."""
-        return worker.render(settings.read(self.variables()))
+        config = settings.read(self.variables())
+        return worker.render(config, worker.Ending(config))
 
     def start(self, *command: str) -> subprocess.Popen[str]:
         """As a process of its own, alone or under torchrun."""

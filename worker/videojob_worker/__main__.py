@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -31,11 +31,12 @@ from videojob_api.plan import Plan
 from videojob_api.progress import PERMANENT, Outcome, Reason, Stage
 from videojob_api.spec import Spec, VideoJob
 
-from . import conditions, models, report, sampler, settings, source, topology, wan
+from . import checkpoint, conditions, models, report, sampler, settings, source, topology, wan
 from .blocks import Blocks, noise
 from .conditions import Conditions
 from .decoder import StreamingDecoder
 from .errors import InvalidSpecError, ModelInvalidError, PeerLostError, RenderError
+from .keeper import Keeper
 from .link import Link, TorchLink, board
 from .models import Model
 from .pipeline import Ring
@@ -49,7 +50,8 @@ from .wan import WanStage
 
 log = logging.getLogger("videojob_worker")
 
-GRACE_S = 15.0  # from SIGTERM to the end; torchrun kills after 30 s
+GRACE_S = 15.0  # from SIGTERM, or from the last checkpoint, to the end
+HURRY_S = 80.0  # for the last checkpoint; together less than `launch.SHUTDOWN_S`
 LOST_GRACE_S = 5.0  # from the loss of another rank to the end
 
 
@@ -65,7 +67,7 @@ def main() -> None:
     place = Place(config.rank)
     try:
         with _pulse(config, place, ending):
-            message = render(config, place)
+            message = render(config, ending, place)
     except SystemExit:  # by ``_unwind``
         ending.tell_terminated()
         raise
@@ -90,6 +92,8 @@ class Ending:
         self._config = config
         self._lock = threading.Lock()
         self._told = False
+        self.last_act: Callable[[], object] = _nothing
+        """What is still to be done when SIGTERM has come; takes at most HURRY_S."""
 
     def tell(self, outcome: Outcome, reason: Reason, message: str) -> None:
         """Leave last words, unless some were left."""
@@ -117,6 +121,7 @@ class Ending:
             pass  # other signals wake it, too
         try:
             self.tell_terminated()
+            self.last_act()
             time.sleep(GRACE_S)
         finally:
             os._exit(1)
@@ -162,7 +167,7 @@ def _pulse(config: Settings, place: Place, ending: Ending) -> Iterator[None]:
         yield
 
 
-def render(config: Settings, place: Place | None = None) -> str:
+def render(config: Settings, ending: Ending, place: Place | None = None) -> str:
     """This rank's part of the render; on the first rank, where the video is."""
     place = place or Place(config.rank)
     videojob = _videojob(config.spec)
@@ -185,54 +190,97 @@ def render(config: Settings, place: Place | None = None) -> str:
         link = TorchLink(device, timedelta(seconds=config.stall_timeout_s), place.name)
         scheduler = sampler.load(model, spec, device)
         shared = _conditions(spec, model, stages, link, scheduler.timesteps, config, device)
-        blocks = None
-        if output is not None:
-            blocks = Blocks(plan, scheduler, noise(plan, model.channels, *grid, spec.sampling.seed), device)
-        ring = Ring(plan, grid, stages, shared, link, blocks, place)
         if output is None:
-            ring.run(_nothing, _nothing)
+            Ring(plan, grid, stages, shared, link, None, _agreed(link, 0, device), place).run(_nothing, _nothing)
         else:
-            _lead(config, videojob, plan, ring, reporter, output, load_vae(model.folder, device))
+            keeper = _keeper(config, videojob, model, grid, output, device)
+            ending.last_act = keeper.hurry
+            blocks = Blocks(plan, scheduler, noise(plan, model.channels, *grid, spec.sampling.seed), device)
+            sweep = _agreed(link, _restore(keeper, plan, blocks, reporter), device)
+            ring = Ring(plan, grid, stages, shared, link, blocks, sweep, place)
+            publisher = Publisher(
+                videojob,
+                output=output,
+                decoder=StreamingDecoder(load_vae(model.folder, device)),
+                scratch=config.scratch,
+                on_segment=lambda segment: reporter.segment_ready(segment.frames),
+                finished=plan.clean_before(sweep),
+                read=keeper.read,
+            )
+            _lead(config, plan, ring, blocks, keeper, publisher, reporter)
         link.close()  # not after an error: it would wait for the other ranks
         return "" if output is None else output.url("")
 
 
+def _keeper(
+    config: Settings, videojob: VideoJob, model: Model, grid: tuple[int, int], output: Output, device: torch.device
+) -> Keeper:
+    fingerprint = source.fingerprint(model.folder)
+    return Keeper(
+        output=output,
+        identity=checkpoint.identity(videojob, model=fingerprint, dtype=config.dtype, grid=grid),
+        scratch=config.scratch,
+        every_s=videojob.spec.checkpoint.every_seconds,
+        device=device,
+        hurry_s=HURRY_S,
+    )
+
+
+def _restore(keeper: Keeper, plan: Plan, blocks: Blocks, reporter: report.Reporter) -> int:
+    """Bring the queue to where an older attempt was; the sweep to begin at."""
+    found = keeper.newest()
+    if found is None:
+        return 0
+    blocks.restore(found.snapshot)
+    sweep = found.snapshot.sweep
+    reporter.resumed(plan.turns_before(sweep), plan.clean_before(sweep))
+    return sweep
+
+
+def _agreed(link: Link, sweep: int, device: torch.device) -> int:
+    """The first rank's sweep, on every rank."""
+    shared = torch.tensor([sweep], dtype=torch.int64, device=device)
+    if link.size > 1:
+        link.broadcast(shared)
+    return int(shared.item())
+
+
 def _lead(
     config: Settings,
-    videojob: VideoJob,
     plan: Plan,
     ring: Ring,
+    blocks: Blocks,
+    keeper: Keeper,
+    publisher: Publisher,
     reporter: report.Reporter,
-    output: Output,
-    vae: AutoencoderKLWan,
 ) -> None:
-    """The first rank's part: render, publish every clean block at once, finish."""
-    dump: list[Tensor] = []
-    publisher = Publisher(
-        videojob,
-        output=output,
-        decoder=StreamingDecoder(vae),
-        scratch=config.scratch,
-        on_segment=lambda segment: reporter.segment_ready(segment.frames),
-    )
+    """The first rank's part: render, keep every sweep's state, publish every clean block at once, finish."""
 
     def on_result(turn: Turn, clean: Tensor | None) -> None:
         reporter.turn_done(block_done=clean is not None)
         if clean is not None:
             wanted = clean[:, :, : plan.wanted_latents(turn.block)]
             publisher.submit(turn.block, wanted)
-            if config.dump_latents is not None:
-                dump.append(wanted.cpu())
+            keeper.keep(turn.block, wanted)
             log.info("block %d of %d is clean", turn.block + 1, plan.blocks)
+        if turn.ends_sweep:
+            keeper.offer(blocks.snapshot(turn.sweep + 1))
+            log.info("sweep %d of %d is done", turn.sweep + 1, plan.sweeps)
 
-    with publisher:
+    def on_tick() -> None:
+        publisher.check()
+        keeper.check()
+
+    with publisher, keeper:  # the keeper ends first, since the publisher's end stops all writing
         reporter.stage(Stage.RENDERING)
-        ring.run(on_result, publisher.check)
+        ring.run(on_result, on_tick)
         reporter.stage(Stage.FINISHING)
+        keeper.finish()
         if config.dump_latents is not None:
-            latents = torch.cat(dump, dim=2).contiguous()
+            latents = torch.cat([keeper.read(block) for block in range(plan.blocks)], dim=2)
             safetensors.torch.save_file({"latents": latents}, config.dump_latents)
         publisher.finish()
+        keeper.remove()
     reporter.stage(Stage.SUCCEEDED)
 
 

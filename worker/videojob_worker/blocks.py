@@ -8,8 +8,8 @@ Shapes: C channels, B block latents, K context latents, h x w latent rows and co
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,31 @@ def noise(plan: Plan, channels: int, height: int, width: int, seed: int) -> Iter
 
 def _randn(shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+
+
+# What a diffusers scheduler carries from step to step; but `timestep_list`, which only a second solver would read.
+_CARRIED = ("model_outputs", "last_sample", "lower_order_nums", "this_order", "_step_index", "_begin_index")
+
+
+@dataclass(frozen=True)
+class BlockState:
+    """A block between two sweeps. Tensors are the queue's own, which replaces and never changes them."""
+
+    block: int
+    steps_done: int
+    latents: Tensor  # (1, C, own latents, h, w)
+    scheduler: Mapping[str, Any]  # the carried attributes: tensors, lists of tensors, numbers, None; {} once clean
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that sweep ``sweep`` and later ones are computed from: every block that was admitted before it.
+
+    The first one may be clean: it is the left context of the one behind it.
+    """
+
+    sweep: int
+    blocks: tuple[BlockState, ...]
 
 
 @dataclass
@@ -89,6 +114,35 @@ class Blocks:
         own.scheduler = None
         return own.latents
 
+    def snapshot(self, sweep: int) -> Snapshot:
+        """The state before a sweep, when all results of the one before were applied. Costs nothing: copies no tensor.
+
+        A block that was admitted for the sweep itself is left out: it is still noise, a function of the seed.
+        """
+        states = tuple(_state(number, block) for number, block in sorted(self._queue.items()) if block.steps_done)
+        for state in states:
+            self._expect(state.block, min(sweep - state.block, self._plan.steps))
+        return Snapshot(sweep, states)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Take over a snapshot, in a queue that has admitted nothing yet."""
+        if self._admitted:
+            raise RuntimeError(f"{self._admitted} blocks were admitted before the snapshot")
+        moved: Snapshot = mapped(lambda tensor: tensor.to(self._device), snapshot)
+        for state in moved.blocks:
+            self._queue[state.block] = Block(state.latents, self._scheduler_of(state), state.steps_done)
+        for _ in range(min(snapshot.sweep, self._plan.blocks)):
+            next(self._noises)
+            self._admitted += 1
+
+    def _scheduler_of(self, state: BlockState) -> Any:
+        if state.steps_done == self._plan.steps:
+            return None
+        scheduler = copy.deepcopy(self._scheduler)
+        for name, value in state.scheduler.items():
+            setattr(scheduler, name, value)
+        return scheduler
+
     def _admit(self, block: int) -> None:
         if block != self._admitted:
             raise RuntimeError(f"block {block} cannot be admitted after {self._admitted} blocks")
@@ -103,3 +157,24 @@ class Blocks:
             state = "not in the queue" if found is None else f"{found.steps_done} steps clean"
             raise RuntimeError(f"block {block} is {state} where {steps_done} steps were expected")
         return found
+
+
+def _state(number: int, block: Block) -> BlockState:
+    carried = {} if block.scheduler is None else vars(block.scheduler)
+    scheduler = {name: mapped(lambda tensor: tensor, carried[name]) for name in _CARRIED if name in carried}
+    return BlockState(number, block.steps_done, block.latents, scheduler)
+
+
+def mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """A value with all tensors in it changed; containers become others."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, list | tuple):
+        return type(value)(mapped(change, item) for item in value)
+    if isinstance(value, Mapping):
+        return {name: mapped(change, item) for name, item in value.items()}
+    if isinstance(value, Snapshot):
+        return replace(value, blocks=mapped(change, value.blocks))
+    if isinstance(value, BlockState):
+        return replace(value, latents=change(value.latents), scheduler=mapped(change, value.scheduler))
+    return value

@@ -17,6 +17,11 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
 from torch import Tensor
 
+# A frame depends on its latent and the 38 before it, in both Wan VAEs: each convolution looks back 2 frames, in all 24
+# latents, 14 half and 26 quarter ones.
+MEMORY_LATENTS = 39
+"""Latents after which a stream that began in the middle goes on exactly as one that began at the begin."""
+
 
 class StreamingDecoder:
     """One video's decoder: any cut into calls gives the frames of one ``vae.decode`` over all latents.

@@ -21,6 +21,7 @@ from . import report, settings
 
 log = logging.getLogger(__name__)
 
+SHUTDOWN_S = 110  # from SIGTERM to SIGKILL: time for the last checkpoint, within a pod's 120
 PATIENCE_S = 25  # torchrun kills the ranks that have not ended 30 s after the first one
 
 # What ends a rank whose GPU waits in vain; torchrun sets the first one itself, but only by default.
@@ -41,7 +42,7 @@ def main() -> None:
     # torchrun heeds SIGTERM only once its ranks run, and the kernel spares a container's first process what it does not
     # heed: without this, a pod that is deleted while torch is being imported stays for its whole grace period.
     signal.signal(signal.SIGTERM, stop)
-    os.environ.update({**NCCL, **os.environ})
+    os.environ.update({**NCCL, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_S), **os.environ})
     _run(config)
 
 

@@ -35,6 +35,7 @@ class Ring:
         conditions: contexts and time embeddings.
         link: to the neighbours.
         blocks: the queue of latents; on the first rank only.
+        first_sweep: where to begin; the queue stands as the sweeps before left it.
         place: kept up to date, for whoever must say where this rank stands.
 
     Raises:
@@ -49,6 +50,7 @@ class Ring:
         conditions: Conditions,
         link: Link,
         blocks: Blocks | None,
+        first_sweep: int = 0,
         place: Place | None = None,
     ) -> None:
         check_contexts(conditions.contexts)
@@ -58,6 +60,7 @@ class Ring:
         self._conditions = conditions
         self._link = link
         self._blocks = blocks
+        self._first_sweep = first_sweep
         self._place = place or Place(link.rank)
         self._finite = Finite(self._stage.layers, is_first=self._stage.is_first)
         self._device = conditions.contexts.device
@@ -68,7 +71,7 @@ class Ring:
 
     @torch.inference_mode()
     def run(self, on_result: Callable[[Turn, Tensor | None], None], on_tick: Callable[[], None]) -> None:
-        """Render all blocks.
+        """Render all blocks, or what the sweeps before the first one left of them.
 
         Args:
             on_result: called on the first rank for every finished (block, step), with the block's clean latents
@@ -81,7 +84,7 @@ class Ring:
         """
         plan, size = self._plan, self._link.size
         inbox: Tensor | None = None
-        for tick in schedule.ticks(plan.blocks, plan.steps, self._conditions.branches, size):
+        for tick in schedule.ticks(plan.blocks, plan.steps, self._conditions.branches, size, self._first_sweep):
             on_tick()
             turn = tick[self._link.rank]
             if turn is not None:

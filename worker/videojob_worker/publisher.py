@@ -7,7 +7,12 @@
 ``video.mp4``, the closed playlist, ``manifest.json``. Whatever fails or dies between any two of them, the playlist
 names only what is there, and a manifest means that all is.
 
-**A newer attempt** renders anew and finds the segments of the older one. While its own come out identical, as they do
+**A newer attempt** may go on where an older one was. Then blocks before some ``finished`` one are not submitted:
+their segments are taken from storage as far as the older attempt listed them, and the others are made of the latents
+that ``keeper`` has kept. The decoder's state is too big to be kept; it is made again by decoding enough latents before
+the first block to be published (``decoder.MEMORY_LATENTS``), whose frames are dropped.
+
+Otherwise it renders anew and finds the segments of the older one. While its own come out identical, as they do
 from the same spec, model and kind of machine, the playlist goes on naming all of the older ones, so viewers lose
 nothing. With the first one that differs, the older playlist and manifest are void: the manifest is removed and the
 playlist cut back to this attempt's own segments before anything is replaced, so no list ever mixes two attempts.
@@ -37,6 +42,7 @@ from videojob_api import names
 from videojob_api.spec import VideoJob
 
 from . import segments
+from .decoder import MEMORY_LATENTS
 from .errors import NotFiniteError, RenderError
 from .segments import H264, Frames, Segment
 from .store import Output, sha256_of
@@ -58,6 +64,10 @@ class Decoder(Protocol):
         ...
 
 
+def _absent(block: int) -> Tensor:
+    raise RenderError(f"the clean latents of block {block} were not kept")
+
+
 class Publisher:
     """Publishes one video; a context manager. Entered, it takes over older lists; left early, it stops at once.
 
@@ -71,6 +81,8 @@ class Publisher:
         waiting: clean blocks that may wait for the one in work; then ``submit`` blocks.
         grace_s: how long to wait, when left early, for the call that is under way.
         clock: seconds since the epoch.
+        finished: blocks that were clean before this attempt began and will not be submitted.
+        read: gives the clean latents of one of those.
     """
 
     def __init__(
@@ -85,6 +97,8 @@ class Publisher:
         waiting: int = 2,
         grace_s: float = 10.0,
         clock: Callable[[], float] = time.time,
+        finished: int = 0,
+        read: Callable[[int], Tensor] = _absent,
     ) -> None:
         self._videojob = videojob
         self._plan = videojob_api.plan.cut(videojob.spec)
@@ -96,13 +110,15 @@ class Publisher:
         self._capacity = waiting
         self._grace_s = grace_s
         self._clock = clock
+        self._finished = finished
+        self._read = read
         self._began = clock()
         self._seconds = {"decode": 0.0, "encode": 0.0, "store": 0.0}
         self._thread = threading.Thread(target=self._work, name="publisher", daemon=True)
         # Shared with the thread, under the lock:
         self._changed = threading.Condition()
         self._waiting: deque[tuple[int, Tensor]] = deque()
-        self._submitted = 0
+        self._submitted = finished
         self._complete = self._stopping = False
         self._failure: BaseException | None = None
         # The thread's own until it has ended:
@@ -210,8 +226,7 @@ class Publisher:
     def _raise_failure(self) -> None:
         if self._failure is not None:
             raise self._failure
-        if self._stopping:
-            raise RenderError("the publisher is closed")
+        self._raise_if_stopping()
 
     def _inherit(self) -> None:
         """Take over what an older attempt listed, in this attempt's name, so that the older one can list no more."""
@@ -236,6 +251,10 @@ class Publisher:
     def _work(self) -> None:
         block = 0
         try:
+            begin = self._recover()
+            self._warm(begin)
+            for block in range(begin, self._finished):
+                self._publish(block, self._read(block))
             while (item := self._next()) is not None:
                 block, latents = item
                 self._publish(block, latents)
@@ -243,6 +262,32 @@ class Publisher:
             with self._changed:
                 self._failure = _as_foreseen(error, block)
                 self._changed.notify_all()
+
+    def _recover(self) -> int:
+        """Take over the finished blocks' segments that the older attempt listed; the first block to be published."""
+        count = min(self._inherited[0], self._finished)
+        found = self._output.read(names.INIT_SEGMENT) if count else None
+        video = self._videojob.spec.video
+        if found is None or found.body != segments.init(video.width, video.height, video.fps, self._codec):
+            return 0  # nothing to take over, or another encoder made it
+        for block in range(count):
+            media = self._output.read(names.segment(block))
+            if media is None:
+                return block
+            self._raise_if_stopping()
+            frames, first_frame = self._plan.wanted_frames(block), self._plan.first_frame(block)
+            self._append(Segment(block, first_frame, frames, video.fps, found.body, media.body))
+        return count
+
+    def _warm(self, begin: int) -> None:
+        """Make the decoder's state anew, where the next block is not the video's first."""
+        if begin in (0, self._plan.blocks):
+            return
+        needed = self._plan.first_latent(begin) - MEMORY_LATENTS
+        first = max(block for block in range(begin) if block == 0 or self._plan.first_latent(block) <= needed)
+        for block in range(first, begin):
+            for _ in self._decoded(self._read(block)):
+                pass
 
     def _next(self) -> tuple[int, Tensor] | None:
         with self._changed:
@@ -255,18 +300,23 @@ class Publisher:
 
     def _publish(self, block: int, latents: Tensor) -> None:
         segment = self._encode(block, latents)
-        self._init = self._init or segment.init
-        if segment.init != self._init:
+        if self._init not in (b"", segment.init):
             raise RenderError(f"segment {block} needs another {names.INIT_SEGMENT} than the first: the encoder changed")
         with self._timed("store"):
             self._disown(segment)
             self._output.write(names.segment(block), segment.media)
             if block == 0:
                 self._output.write(names.INIT_SEGMENT, segment.init)
-            self._entries.append(_entry(segment))
+        self._append(segment)
+
+    def _append(self, segment: Segment) -> None:
+        """Take account of a segment that is in storage, and list it."""
+        self._init = self._init or segment.init
+        self._entries.append(_entry(segment))
+        with self._timed("store"):
             self._list_segments()
         with self._growing.open("ab") as growing:
-            growing.write(segment.media if block else segment.init + segment.media)
+            growing.write(segment.media if segment.index else segment.init + segment.media)
         self._on_segment(segment)
 
     def _encode(self, block: int, latents: Tensor) -> Segment:
@@ -283,13 +333,21 @@ class Publisher:
     def _frames(self, block: int, latents: Tensor) -> Iterator[Frames]:
         """The block's wanted frames, a latent's at a time; the last latent's surplus is cut."""
         missing = self._plan.wanted_frames(block)
-        for index in range(latents.shape[2]):
-            if self._stopping:
-                raise RenderError("the publisher is closed")
-            with self._timed("decode"):
-                (frames,) = self._decoder.frames(latents[:, :, index : index + 1])
+        for frames in self._decoded(latents):
             yield frames[:missing].numpy()
             missing -= len(frames[:missing])
+
+    def _decoded(self, latents: Tensor) -> Iterator[Tensor]:
+        """The latents' frames, a latent's at a time, until the publisher is closed."""
+        for index in range(latents.shape[2]):
+            self._raise_if_stopping()
+            with self._timed("decode"):
+                (frames,) = self._decoder.frames(latents[:, :, index : index + 1])
+            yield frames
+
+    def _raise_if_stopping(self) -> None:
+        if self._stopping:
+            raise RenderError("the publisher is closed")
 
     def _disown(self, segment: Segment) -> None:
         """Stop listing the older attempt's segments before the first one that differs is replaced."""

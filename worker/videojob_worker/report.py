@@ -45,6 +45,8 @@ class Reporter:
         self._lock = threading.Lock()
         self._stage = Stage.LOADING
         self._turns = self._blocks = self._frames = self._segments = 0
+        self._resumed_from: int | None = None
+        self._turns_before = 0  # made by older attempts
         self._began: float | None = None
         self._changed = clock()
 
@@ -59,6 +61,12 @@ class Reporter:
         """The model is known, and so how latents are denoised."""
         with self._change():
             self._sampling = used
+
+    def resumed(self, turns: int, blocks: int) -> None:
+        """An older attempt has made so many turns, and so many blocks clean."""
+        with self._change():
+            self._turns = self._turns_before = turns
+            self._blocks = self._resumed_from = blocks
 
     def turn_done(self, *, block_done: bool) -> None:
         """A block made one step, its last one if ``block_done``."""
@@ -82,6 +90,7 @@ class Reporter:
                 turns_total=self._turns_total,
                 blocks_done=self._blocks,
                 blocks_total=self._cut.blocks,
+                resumed_from_block=self._resumed_from,
                 frames_ready=self._frames,
                 frames_total=self._cut.frames,
                 segments_ready=self._segments,
@@ -102,11 +111,11 @@ class Reporter:
         return None if self._sampling is None else self._sampling.steps * self._cut.blocks
 
     def _eta(self) -> float | None:
-        total = self._turns_total
-        if self._began is None or self._turns == 0 or total is None:
+        total, done = self._turns_total, self._turns - self._turns_before
+        if self._began is None or done == 0 or total is None:
             return None
-        pace = (self._changed - self._began) / self._turns
-        return round(max(0.0, pace * total - (self._clock() - self._began)), 1)
+        pace = (self._changed - self._began) / done
+        return round(max(0.0, pace * (total - self._turns_before) - (self._clock() - self._began)), 1)
 
 
 class _Metrics(Collector):

@@ -27,13 +27,23 @@ class Turn:
     feeds_previous: bool  # leaves its own for the block before, which follows in this sweep
     completes: bool  # the last branch: the prediction goes back to the first stage
 
+    @property
+    def sweep(self) -> int:
+        """The sweep it belongs to."""
+        return self.block + self.step
+
+    @property
+    def ends_sweep(self) -> bool:
+        """Whether its result is the last one of its sweep: results come back in the order in which turns enter."""
+        return self.completes and not self.feeds_previous
+
 
 Tick = tuple[Turn | None, ...]  # what each stage computes, by stage
 
 
-def turns(blocks: int, steps: int, branches: int) -> Iterator[Turn]:
-    """All turns in the order in which they enter the first stage."""
-    for sweep in range(steps + blocks - 1):
+def turns(blocks: int, steps: int, branches: int, first_sweep: int = 0) -> Iterator[Turn]:
+    """All turns, from a sweep on, in the order in which they enter the first stage."""
+    for sweep in range(first_sweep, steps + blocks - 1):
         newest, oldest = min(sweep, blocks - 1), max(0, sweep - steps + 1)
         for block in range(newest, oldest - 1, -1):
             for branch in range(branches):
@@ -47,25 +57,25 @@ def turns(blocks: int, steps: int, branches: int) -> Iterator[Turn]:
                 )
 
 
-def starts(blocks: int, steps: int, branches: int, stages: int) -> Iterator[tuple[int, Turn]]:
+def starts(blocks: int, steps: int, branches: int, stages: int, first_sweep: int = 0) -> Iterator[tuple[int, Turn]]:
     """Each turn with the tick at which it enters the first stage; stage ``s`` computes it ``s`` ticks later.
 
     A prediction made by the last stage at tick ``t`` is back on the first stage for tick ``t + 1``.
     """
     tick = -1
     back: dict[int, int] = {}  # block -> the tick for which its newest result is on the first stage
-    for turn in turns(blocks, steps, branches):
+    for turn in turns(blocks, steps, branches, first_sweep):
         tick = max(tick + 1, back.get(turn.block, 0), back.get(turn.block - 1, 0))
         if turn.completes:
             back[turn.block] = tick + stages
         yield tick, turn
 
 
-def ticks(blocks: int, steps: int, branches: int, stages: int) -> Iterator[Tick]:
-    """What every stage computes, tick by tick."""
+def ticks(blocks: int, steps: int, branches: int, stages: int, first_sweep: int = 0) -> Iterator[Tick]:
+    """What every stage computes, tick by tick; a sweep to begin at finds the results of all earlier ones in place."""
     line: deque[Turn | None] = deque([None] * stages, maxlen=stages)
     now = 0
-    for start, turn in starts(blocks, steps, branches, stages):
+    for start, turn in starts(blocks, steps, branches, stages, first_sweep):
         while now < start:
             line.appendleft(None)
             yield tuple(line)

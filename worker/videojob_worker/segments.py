@@ -135,6 +135,12 @@ def encode(chunks: Iterable[Frames], *, index: int, first_frame: int, fps: int, 
     return Segment(index, first_frame, count, fps, init=written[:cut], media=written[cut:])
 
 
+def init(width: int, height: int, fps: int, codec: H264 = DEFAULT) -> bytes:
+    """The init segment of every segment of such a video."""
+    black = np.zeros((1, height, width, 3), np.uint8)
+    return encode([black], index=0, first_frame=0, fps=fps, codec=codec).init
+
+
 def _add_stream(container: OutputContainer, image: Frames, fps: int, codec: H264) -> VideoStream:
     stream = cast(VideoStream, container.add_stream(codec.encoder, rate=fps, options=codec.options))
     stream.height, stream.width, _ = image.shape

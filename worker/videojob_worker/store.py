@@ -232,6 +232,11 @@ class Output:
         """A small object; None if absent."""
         return None if self._store.head(key) is None else self._store.read(key)
 
+    def digest(self, key: str) -> str | None:
+        """The SHA-256 that an object was written with; None if it is absent or another program's."""
+        found = self._store.head(key)
+        return None if found is None else found.sha256
+
     def write(self, key: str, body: bytes) -> None:
         """Write an object: a new one, or over what this job left there.
 
@@ -501,6 +506,9 @@ class FolderStore:
             if found is not None and found.version != version:
                 raise StaleError(key)
             (self._folder / key).unlink(missing_ok=True)
+            with suppress(OSError):  # of folders that are not empty
+                for parent in Path(key).parents[:-1]:
+                    (self._folder / parent).rmdir()
 
     def url(self, key: str) -> str:
         """The file's URI."""
@@ -514,7 +522,7 @@ class FolderStore:
         """A temporary file that becomes the object when the block ends well."""
         path = self._folder / key
         with _folder_errors(self._folder):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".writing-", dir=self._folder) as scratch:
                 file = Path(scratch) / "object"
                 yield file
@@ -522,6 +530,7 @@ class FolderStore:
                     found = self.head(key)
                     if _version(found) != replaces:
                         raise StaleError(key)
+                    path.parent.mkdir(parents=True, exist_ok=True)
                     file.replace(path)
 
     @contextmanager
