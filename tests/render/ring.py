@@ -13,6 +13,7 @@ from torch import Tensor
 
 from videojob_api.plan import Plan
 from videojob_worker import blocks, conditions, models, topology, wan
+from videojob_worker.blocks import Snapshot
 from videojob_worker.link import LocalLink
 from videojob_worker.models import Model
 from videojob_worker.pipeline import Ring
@@ -35,6 +36,7 @@ class Rendering:
     scheduler: UniPCMultistepScheduler = field(init=False)
     embeds: list[Tensor] = field(init=False)  # one per scene, then the negative one
     order: list[Turn] = field(default_factory=list)  # results as they came
+    snapshots: dict[int, Snapshot] = field(default_factory=dict)  # the state before each sweep but the first
 
     def __post_init__(self) -> None:
         self.known = models.read(self.model)
@@ -51,6 +53,11 @@ class Rendering:
 
     def latents(self, ranks: int) -> Tensor:
         """The clean latents, rendered by this many ranks."""
+        clean = self.blocks(ranks)
+        return torch.cat([clean[block] for block in range(self.plan.blocks)], dim=2)
+
+    def blocks(self, ranks: int, resumed: Snapshot | None = None) -> dict[int, Tensor]:
+        """The latents of every block that comes clean, from the begin or from a snapshot on."""
         shares = topology.shares(8, ranks)
         stages = [[wan.load(folder, share, torch.float32, CPU) for folder in self.known.experts] for share in shares]
         shared = conditions.compute(stages[0], self.embeds, self.scheduler.timesteps, self.experts, self.guidance)
@@ -58,16 +65,23 @@ class Rendering:
 
         def on_result(turn: Turn, latents: Tensor | None) -> None:
             self.order.append(turn)
+            if turn.ends_sweep:
+                self.snapshots[turn.sweep + 1] = queue.snapshot(turn.sweep + 1)
             if latents is not None:
                 clean[turn.block] = latents
 
+        noises = blocks.noise(self.plan, self.known.channels, *GRID, self.seed)
+        queue = blocks.Blocks(self.plan, self.scheduler, noises, CPU)
+        if resumed is not None:
+            queue.restore(resumed)
+        sweep = 0 if resumed is None else resumed.sweep
+
         def rank(link: LocalLink) -> None:
-            noises = blocks.noise(self.plan, self.known.channels, *GRID, self.seed)
-            queue = blocks.Blocks(self.plan, self.scheduler, noises, CPU) if link.rank == 0 else None
-            Ring(self.plan, GRID, stages[link.rank], shared, link, queue).run(on_result, lambda: None)
+            own = queue if link.rank == 0 else None
+            Ring(self.plan, GRID, stages[link.rank], shared, link, own, sweep).run(on_result, lambda: None)
 
         _together(rank, LocalLink.ring(ranks, self.timeout_s))
-        return torch.cat([clean[block] for block in range(self.plan.blocks)], dim=2)
+        return clean
 
 
 def _together(rank, links: Sequence[LocalLink]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from diffusers import UniPCMultistepScheduler
 
 from videojob_api.plan import Plan
-from videojob_worker.blocks import Blocks, noise
+from videojob_worker.blocks import Blocks, mapped, noise
 
 PLAN = Plan(frames=90, block_latents=4, context_latents=3, steps=2)
 
@@ -67,6 +69,56 @@ def test_a_block_comes_clean_after_its_last_step_and_still_serves_as_context():
     assert clean is not None
     blocks.apply(1, 0, zeros[:, :, :4])
     assert torch.equal(blocks.input(1, 1)[:, :, :3], clean[:, :, -3:])
+
+
+def told(value: object) -> str:
+    """A value as text, its tensors in full."""
+    return repr(mapped(lambda tensor: tensor.numpy().tobytes(), value))
+
+
+def step(blocks: Blocks, block: int, number: int) -> None:
+    """One step with a prediction that depends on the input."""
+    own = 7 if block == 0 else 4
+    blocks.apply(block, number, blocks.input(block, number)[:, :, -own:].sin())
+
+
+@pytest.mark.parametrize("solver", [{}, {"solver_order": 3}, {"lower_order_final": False}, {"disable_corrector": [1]}])
+def test_everything_that_a_scheduler_carries_from_step_to_step_is_in_the_snapshot(solver):
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, **solver)
+    scheduler.set_timesteps(6)
+    fresh = copy.deepcopy(scheduler)
+    plan = Plan(frames=25, block_latents=4, context_latents=3, steps=6)
+    blocks = Blocks(plan, scheduler, noise(plan, 2, 3, 5, seed=7), torch.device("cpu"))
+    for number in range(5):
+        step(blocks, 0, number)
+    stepped = vars(blocks._queue[0].scheduler)
+    changed = {name for name, value in stepped.items() if told(value) != told(getattr(fresh, name, "absent"))}
+    (state,) = blocks.snapshot(5).blocks
+    assert changed - {"timestep_list"} <= set(state.scheduler)
+    other = Blocks(plan, scheduler, noise(plan, 2, 3, 5, seed=7), torch.device("cpu"))
+    other.restore(blocks.snapshot(5))
+    step(blocks, 0, 5)
+    step(other, 0, 5)
+    assert torch.equal(blocks._queue[0].latents, other._queue[0].latents)
+
+
+def test_a_snapshot_leaves_out_what_is_still_noise_and_stays_as_it_was():
+    blocks = queue(Plan(frames=90, block_latents=4, context_latents=3, steps=3))
+    step(blocks, 0, 0)
+    blocks.input(1, 0)
+    snapshot = blocks.snapshot(1)
+    before = told(snapshot)
+    assert [state.block for state in snapshot.blocks] == [0]
+    step(blocks, 0, 1)
+    assert told(snapshot) == before
+
+
+def test_a_snapshot_in_the_middle_of_a_sweep_is_refused():
+    blocks = queue(Plan(frames=90, block_latents=4, context_latents=3, steps=3))
+    step(blocks, 0, 0)
+    step(blocks, 1, 0)
+    with pytest.raises(RuntimeError, match="block 0 is 1 steps clean where 2 steps were expected"):
+        blocks.snapshot(2)
 
 
 @pytest.mark.parametrize(("block", "step"), [(0, 1), (1, 0), (2, 0)])

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from videojob_worker.decoder import StreamingDecoder
+from videojob_worker.decoder import MEMORY_LATENTS, StreamingDecoder
 
 LATENTS = 7
 KINDS = {
@@ -68,6 +68,40 @@ def test_any_cut_into_blocks_gives_the_whole_video_bit_for_bit(sample, cuts):
     edges = [0, *sorted(cuts), LATENTS]
     blocks = [sample.latents[:, :, begin:end] for begin, end in pairwise(edges)]
     assert torch.equal(torch.cat([decoder.decode(block) for block in blocks]), sample.whole)
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def deep(request):
+    """A VAE with the released ones' layers, narrow."""
+    fields = {**KINDS[request.param], "num_res_blocks": 2, "base_dim": 4}
+    if "decoder_base_dim" in fields:
+        fields["decoder_base_dim"] = 4
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        return AutoencoderKLWan(**fields).eval(), torch.randn((1, fields["z_dim"], MEMORY_LATENTS + 4, 2, 2))
+
+
+def test_a_latent_is_forgotten_after_as_many_as_we_say_and_not_earlier(deep):
+    vae, latents = deep
+    poisoned = latents.clone()
+    poisoned[:, :, 0] = float("nan")  # spreads to everything that depends on it
+    with torch.inference_mode():
+        video = vae.decode(poisoned).sample[0]
+    frames = video.isnan().any(dim=3).any(dim=2).any(dim=0)
+    assert frames[: 1 + 4 * (MEMORY_LATENTS - 2)].all()
+    assert frames[: 1 + 4 * (MEMORY_LATENTS - 1)].any()
+    assert not frames[1 + 4 * (MEMORY_LATENTS - 1) :].any()
+
+
+def test_a_stream_that_begins_in_the_middle_goes_on_as_the_whole_one(deep):
+    vae, latents = deep
+    whole, warmed = StreamingDecoder(vae), StreamingDecoder(vae)
+    whole.decode(latents[:, :, : MEMORY_LATENTS + 2])
+    warmed.decode(latents[:, :, 2 : MEMORY_LATENTS + 2])
+    states = zip(whole._state, warmed._state, strict=True)
+    assert all(torch.equal(one, other) for one, other in states if isinstance(one, Tensor))
+    rest = latents[:, :, MEMORY_LATENTS + 2 :]
+    assert torch.equal(whole.decode(rest), warmed.decode(rest))
 
 
 def test_two_streams_and_a_whole_decode_share_a_vae_without_meeting(sample):

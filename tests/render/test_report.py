@@ -75,6 +75,18 @@ def test_the_eta_is_what_is_left_at_the_pace_so_far(reporter, clock):
     assert reporter.progress().eta_seconds == 0, "and never below zero"
 
 
+def test_a_resumed_render_begins_where_the_older_one_was_and_counts_its_own_pace(reporter, clock):
+    reporter.resumed(7)
+    progress = reporter.progress()
+    assert (progress.turns_done, progress.blocks_done, progress.resumed_from_block) == (5 + 5 + 5 + 4 + 3 + 2, 3, 3)
+    reporter.stage(Stage.RENDERING)
+    assert reporter.progress().eta_seconds is None
+    for _ in range(2):
+        clock.now += 2
+        reporter.turn_done(block_done=False)
+    assert reporter.progress().eta_seconds == 8
+
+
 def test_percent_is_100_only_when_everything_is_in_storage(reporter):
     reporter.stage(Stage.RENDERING)
     for turn in range(30):

@@ -16,11 +16,11 @@ BLOCKS, STEPS, BRANCHES, STAGES = (
 )
 
 
-def trace(blocks: int, steps: int, branches: int, stages: int) -> list[str]:
+def trace(blocks: int, steps: int, branches: int, stages: int, first_sweep: int = 0) -> list[str]:
     """Each tick as one line: block.step of every stage, ' for the unconditional branch, - for idle."""
     return [
         " ".join("-" if turn is None else f"{turn.block}.{turn.step}{chr(39) * turn.branch}" for turn in tick)
-        for tick in schedule.ticks(blocks, steps, branches, stages)
+        for tick in schedule.ticks(blocks, steps, branches, stages, first_sweep)
     ]
 
 
@@ -47,6 +47,34 @@ def test_two_stages_overlap_the_branches():
 def test_a_long_queue_fills_the_ring():
     lines = trace(blocks=4, steps=4, branches=1, stages=3)
     assert lines[9:15] == ["3.0 0.2 1.1", "2.1 3.0 0.2", "1.2 2.1 3.0", "0.3 1.2 2.1", "3.1 0.3 1.2", "2.2 3.1 0.3"]
+
+
+def test_a_resumed_render_begins_with_a_whole_sweep_and_goes_on_as_the_first_one():
+    assert trace(blocks=3, steps=2, branches=1, stages=1, first_sweep=2) == ["2.0", "1.1", "2.1"]
+    assert trace(blocks=4, steps=4, branches=1, stages=3, first_sweep=4)[:5] == [
+        "3.1 - -",
+        "2.2 3.1 -",
+        "1.3 2.2 3.1",
+        "- 1.3 2.2",
+        "3.2 - 1.3",
+    ]
+    assert trace(blocks=2, steps=2, branches=2, stages=2, first_sweep=2) == ["1.1 -", "1.1' 1.1", "- 1.1'"]
+
+
+@given(BLOCKS, STEPS, BRANCHES, STAGES, st.integers(0, 13))
+def test_a_resumed_render_computes_the_turns_of_its_sweep_and_all_later_ones(blocks, steps, branches, stages, sweep):
+    expected = [turn for turn in schedule.turns(blocks, steps, branches) if turn.sweep >= sweep]
+    ticks = list(schedule.ticks(blocks, steps, branches, stages, sweep))
+    for column in zip(*ticks, strict=True):
+        assert [turn for turn in column if turn is not None] == expected
+
+
+@given(BLOCKS, STEPS, BRANCHES)
+def test_a_sweep_ends_once_and_with_its_last_result(blocks, steps, branches):
+    turns = list(schedule.turns(blocks, steps, branches))
+    ends = [index for index, turn in enumerate(turns) if turn.ends_sweep]
+    assert [turns[index].sweep for index in ends] == list(range(blocks + steps - 1))
+    assert all(turn.sweep > turns[end].sweep for end in ends for turn in turns[end + 1 :])
 
 
 @given(BLOCKS, STEPS, BRANCHES, STAGES)

@@ -119,7 +119,6 @@ class Keeper:
         if self._thread.is_alive():
             log.warning("the last checkpoint is not in storage after %.0f s; going without it", self._hurry_s)
             self._output.abort()
-            return
         self._folder.cleanup()
 
     def keep(self, block: int, latents: Tensor) -> None:
