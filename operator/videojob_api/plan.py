@@ -49,6 +49,10 @@ class Cut:
         """Index in the video of the block's first own latent."""
         return 0 if block == 0 else self.context_latents + block * self.block_latents
 
+    def block_of(self, latent: int) -> int:
+        """The block that holds a latent of the video."""
+        return max(0, (latent - self.context_latents) // self.block_latents)
+
     def wanted_latents(self, block: int) -> int:
         """Own latents that hold frames asked for: all but in the last block."""
         return min(self.own_latents(block), self.latents - self.first_latent(block))

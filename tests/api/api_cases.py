@@ -109,6 +109,8 @@ NUMBERS = [
     _wrong("spec.sampling.seed", 2**53, "less than or equal to 9007199254740991"),
     _wrong("spec.dualParallel.blockLatents", 65, "less than or equal to 64"),
     _wrong("spec.dualParallel.contextLatents", -1, "greater than or equal to 0"),
+    _wrong("spec.checkpoint.everySeconds", -1, "greater than or equal to 0"),
+    _wrong("spec.checkpoint.everySeconds", 86_401, "less than or equal to 86400"),
     _wrong("spec.nodes", 0, "greater than or equal to 1"),
     _wrong("spec.gpusPerNode", 17, "less than or equal to 16"),
     _wrong("spec.ranksPerNode", 0, "greater than or equal to 1"),
@@ -251,6 +253,8 @@ ACCEPTED = [
         {"spec.video.width": None, "spec.output.s3.endpoint": None, "spec.output.s3.prefix": None},
         {"spec.dualParallel": {"blockLatents": 64, "contextLatents": 64}},
         {"spec.dualParallel": {"contextLatents": 0}},
+        {"spec.checkpoint": {"everySeconds": 0}},
+        {"spec.checkpoint": {"everySeconds": 86_400}},
         {"spec.gpusPerNode": 0, "spec.ranksPerNode": 64},
         {"spec.resources": {"cpu": "1500m", "memory": "1.5Ti", "sharedMemory": "8Gi"}},
         {"spec.prompt": "x" * 20_000},
@@ -270,6 +274,7 @@ ACCEPTED = [
 ]
 
 IMMUTABLE = [
+    Update("checkpoint", {"spec.checkpoint.everySeconds": 600}, {}),
     Update("prompt", {"spec.prompt": "A hare"}, {}),
     Update("prompt", AS_SCENES, {}),
     Update("scenes", {"spec.scenes": [*SCENES, {"prompt": "An owl", "frames": 20}]}, AS_SCENES),
@@ -287,6 +292,7 @@ IMMUTABLE = [
 ]
 
 MUTABLE = [
+    Update("checkpoint", {"spec.checkpoint.everySeconds": 600}, {}),
     Update("nodes", {"spec.nodes": 2}, {}),
     Update("gpusPerNode", {"spec.gpusPerNode": 4}, {}),
     Update("ranksPerNode", {"spec.ranksPerNode": 4}, {"spec.gpusPerNode": 0}),

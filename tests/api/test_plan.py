@@ -66,6 +66,23 @@ def test_wanted_latents_tile_the_video_and_only_the_last_block_has_surplus(plann
 
 
 @given(plans())
+def test_a_latent_lies_in_one_block(planned):
+    for block in range(min(planned.blocks, 50)):
+        for latent in (planned.first_latent(block), planned.first_latent(block) + planned.own_latents(block) - 1):
+            assert planned.block_of(latent) == block
+    assert planned.block_of(-5) == 0
+
+
+@given(plans(), st.integers(0, 200))
+def test_a_sweep_takes_every_block_of_the_queue_one_step_further(planned, sweep):
+    blocks = range(planned.blocks)
+    queue = [block for block in blocks if 0 <= sweep - block < planned.steps]
+    assert planned.turns_before(sweep + 1) - planned.turns_before(sweep) == len(queue)
+    assert planned.clean_before(sweep) == sum(sweep - block >= planned.steps for block in blocks)
+    assert planned.turns_before(planned.sweeps) == planned.turns
+
+
+@given(plans())
 def test_the_first_block_holds_the_context_more(planned):
     own = [planned.own_latents(block) for block in range(planned.blocks)]
     assert own[0] == planned.block_latents + planned.context_latents

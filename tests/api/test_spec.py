@@ -27,6 +27,7 @@ def test_a_minimal_document_gets_these_defaults():
         "video": {"frames": 81, "width": 832, "height": 480, "fps": 16},
         "sampling": {"seed": 0},
         "dualParallel": {"blockLatents": 8, "contextLatents": 8},
+        "checkpoint": {"everySeconds": 60},
         "nodes": 1,
         "gpusPerNode": 8,
         "resources": {},
@@ -57,6 +58,7 @@ def test_the_length_is_the_sum_of_the_scenes():
 @pytest.mark.parametrize(
     "changes",
     [
+        {"spec.checkpoint.everySeconds": 5},
         {"spec.nodes": 2},
         {"spec.gpusPerNode": 4},
         {"spec.gpusPerNode": 0, "spec.ranksPerNode": 4},

@@ -31,12 +31,12 @@ from videojob_worker.errors import (
     StorageUnavailableError,
 )
 from videojob_worker.publisher import Publisher
-from videojob_worker.segments import Segment
+from videojob_worker.segments import H264, Segment
 from videojob_worker.store import CLAIM, MemoryStore, Output, Patience, S3Store, Store
 
 FRAMES = 43  # the last latent's 2 last frames are surplus
 STEP = 10  # gray levels between two numbers in a picture
-TILE = 16
+TILE = 32
 
 
 def videojob(frames: int = FRAMES) -> VideoJob:
@@ -47,7 +47,7 @@ def videojob(frames: int = FRAMES) -> VideoJob:
             "metadata": {"name": "fox", "namespace": "studio", "uid": "u-1"},
             "spec": {
                 "prompt": "a fox",
-                "video": {"frames": frames},
+                "video": {"frames": frames, "width": 3 * TILE, "height": TILE},
                 "dualParallel": {"blockLatents": 3, "contextLatents": 2},
                 "model": {"source": {"localPath": "/model"}},
                 "output": {"s3": {"bucket": "videos"}},
@@ -175,6 +175,8 @@ class Rig:
     waiting: int = 2
     grace_s: float = 60.0
     before_latent: Callable[[], object] = lambda: None
+    finished: int = 0
+    codec: H264 = segments.DEFAULT
 
     def __post_init__(self) -> None:
         self.ready: list[Segment] = []
@@ -190,11 +192,14 @@ class Rig:
             waiting=self.waiting,
             grace_s=self.grace_s,
             clock=lambda: 1_000_000.0,
+            codec=self.codec,
+            finished=self.finished,
+            read=latents,
         )
 
     def publish(self, blocks: int = PLAN.blocks, shades: Mapping[int, int] = MappingProxyType({})) -> None:
         with self.publisher:
-            for block in range(blocks):
+            for block in range(self.finished, blocks):
                 self.publisher.submit(block, latents(block, shades.get(block, 0)))
             if blocks == PLAN.blocks:
                 self.publisher.finish()
@@ -472,6 +477,66 @@ def test_an_older_attempt_that_comes_back_with_the_same_segments_lists_nothing_m
         with pytest.raises(OutputConflictError, match="attempt 1 has lost"):
             older.publisher.check()
     assert store.objects == left
+
+
+# --- Going on where an older attempt was
+
+
+@pytest.mark.parametrize("finished", range(PLAN.blocks + 1))
+@pytest.mark.parametrize("left", range(PLAN.blocks + 1))
+def test_a_resumed_attempt_goes_on_with_the_list_and_makes_no_segment_twice(rig, published, left, finished):
+    store = Watched()
+    rig(store).publish(left)
+    store.writes.clear()
+    decoded: list[None] = []
+    one = rig(store, attempt=2, finished=finished, before_latent=lambda: decoded.append(None))
+    one.publish()
+    assert store.listed == sorted(store.listed)
+    assert [key for key in store.written if key.startswith("segments/")] == [
+        names.segment(block) for block in range(left, PLAN.blocks)
+    ]
+    assert [segment.index for segment in one.ready] == list(range(PLAN.blocks))
+    assert len(decoded) == (0 if min(left, finished) == PLAN.blocks else PLAN.latents)
+    left_out = {names.PLAYLIST, names.MANIFEST, CLAIM}
+    assert {key: stored.body for key, stored in store.objects.items() if key not in left_out} == {
+        key: stored.body for key, stored in published.objects.items() if key not in left_out
+    }
+    manifests = [json.loads(at.objects[names.MANIFEST].body) for at in (store, published)]
+    assert manifests[0]["segments"] == manifests[1]["segments"]
+    assert manifests[0]["totals"] == manifests[1]["totals"]
+    assert store.playlist == (PLAN.blocks, True)
+
+
+@pytest.mark.parametrize("lost", [names.INIT_SEGMENT, names.segment(0), names.segment(2)])
+def test_an_object_that_was_lost_is_made_again_from_the_latents(rig, published, lost):
+    store = MemoryStore()
+    store.objects = dict(published.objects)
+    del store.objects[lost]
+    rig(store, attempt=2, finished=3).publish()
+    for key in (*names_of_segments(), names.INIT_SEGMENT, names.VIDEO):
+        assert store.objects[key].body == published.objects[key].body
+
+
+def names_of_segments() -> list[str]:
+    return [names.segment(block) for block in range(PLAN.blocks)]
+
+
+def test_an_attempt_with_another_encoder_makes_all_segments_anew_from_the_latents(rig, published):
+    store = Watched()
+    rig(store).publish(3)
+    rig(store, attempt=2, finished=3, codec=H264(preset="ultrafast", crf=30)).publish()
+    assert told(store.objects[names.VIDEO].body) == expected()
+    assert store.objects[names.INIT_SEGMENT].body != published.objects[names.INIT_SEGMENT].body
+    assert {store.attempts[key] for key in names_of_segments()} == {2}
+
+
+def test_stopping_while_the_older_attempts_segments_are_fetched_takes_no_time(rig):
+    store = Watched()
+    rig(store).publish(3)
+    one = rig(store, attempt=2, finished=3)
+    with one.publisher:
+        pass
+    assert one.decoder.closed
 
 
 # --- The claim

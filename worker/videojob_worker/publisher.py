@@ -283,8 +283,7 @@ class Publisher:
         """Make the decoder's state anew, where the next block is not the video's first."""
         if begin in (0, self._plan.blocks):
             return
-        needed = self._plan.first_latent(begin) - MEMORY_LATENTS
-        first = max(block for block in range(begin) if block == 0 or self._plan.first_latent(block) <= needed)
+        first = self._plan.block_of(self._plan.first_latent(begin) - MEMORY_LATENTS)
         for block in range(first, begin):
             for _ in self._decoded(self._read(block)):
                 pass
