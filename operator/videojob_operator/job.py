@@ -19,7 +19,7 @@ from .settings import Settings
 
 ANNOTATION_FAILURES: Final = f"{names.GROUP}/failures"  # on a Job: why earlier attempts failed, those that count
 USER = 65532  # the conventional "nonroot"
-GRACE_SECONDS = 120  # enough to finish the segment that is being uploaded
+GRACE_SECONDS = 120  # enough to save the last whole sweep
 KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
 Object = dict[str, Any]

@@ -274,7 +274,6 @@ ACCEPTED = [
 ]
 
 IMMUTABLE = [
-    Update("checkpoint", {"spec.checkpoint.everySeconds": 600}, {}),
     Update("prompt", {"spec.prompt": "A hare"}, {}),
     Update("prompt", AS_SCENES, {}),
     Update("scenes", {"spec.scenes": [*SCENES, {"prompt": "An owl", "frames": 20}]}, AS_SCENES),

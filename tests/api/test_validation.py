@@ -97,7 +97,7 @@ def test_every_rule_about_changes_has_an_update_that_breaks_it():
 
 def test_every_field_of_the_spec_is_immutable_but_those_about_machines():
     fields = {info.alias for info in spec.Spec.model_fields.values()}
-    machines = {"nodes", "gpusPerNode", "ranksPerNode", "resources"}
+    machines = {"checkpoint", "nodes", "gpusPerNode", "ranksPerNode", "resources"}
     assert {update.field for update in IMMUTABLE} == fields - machines
 
 

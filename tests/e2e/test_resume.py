@@ -157,7 +157,7 @@ def test_an_interrupted_render_saves_its_last_whole_sweep_and_goes_on_with_anoth
     before = listed(job.out)
     with job.start(3, *FOLDER) as child:
         until(job, "goes on at sweep", child)
-        assert int(RESUMED.search(job.log)[1]) == done, "no whole sweep is lost"
+        assert int(RESUMED.search(job.log)[1]) >= done, "no whole sweep is lost"
         child.communicate()
     assert child.returncode == 0, job.log
     assert len(before) > 0

@@ -15,6 +15,8 @@ import pytest
 
 from videojob_api import names
 from videojob_api.progress import LastWords, Outcome, Reason
+from videojob_operator import job
+from videojob_worker import __main__ as worker
 from videojob_worker import launch
 
 WAIT = "import signal\nprint('waiting', flush=True)\nsignal.pause()\n"
@@ -133,6 +135,22 @@ def test_a_launcher_can_be_stopped_while_it_is_still_importing_torch(launched):
         assert "waiting" not in child.communicate()[0], "no rank has begun"
     assert child.returncode == 128 + signal.SIGTERM
     assert launched.words.reason is Reason.TERMINATED
+
+
+def test_ranks_have_as_long_as_a_pods_grace_allows_to_save_their_state(launched):
+    assert launched.run(f"import os\nassert os.environ['TORCH_ELASTIC_SHUTDOWN_TIMEOUT'] == '{launch.SHUTDOWN_S}'") == 0
+    assert worker.HURRY_S + worker.GRACE_S < launch.SHUTDOWN_S < job.GRACE_SECONDS
+
+
+def test_that_time_is_what_torchrun_waits(launched, monkeypatch):
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "1")
+    script = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint('deaf', flush=True)\n"
+    with launched.start(script + "time.sleep(60)", ranks=1) as child:
+        child.stdout.readline()
+        begin = time.monotonic()
+        child.send_signal(signal.SIGTERM)
+        child.communicate(timeout=60)
+    assert time.monotonic() - begin < 15, "30 s is torchrun's own default"
 
 
 def test_a_first_node_that_does_not_answer_is_a_lost_peer(launched):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -265,6 +266,40 @@ def test_a_rank_that_is_asked_to_stop_tidies_up(alone):
     assert child.returncode == 1
     assert alone.words.reason is Reason.TERMINATED
     assert list((alone.folder / "scratch").iterdir()) == []
+
+
+def test_a_rank_that_is_asked_to_stop_saves_its_last_whole_sweep_and_the_next_attempt_goes_on_there(alone):
+    with alone.start() as child:
+        said = until("block 3 of", child)
+        child.send_signal(signal.SIGTERM)
+        said += child.communicate(timeout=worker.GRACE_S - 3)[1]
+    saved = int(re.findall(r"checkpoint of sweep (\d+) is in storage", said)[-1])
+    assert saved >= int(re.findall(r"sweep (\d+) of \d+ is done", said)[-1])
+    alone.environment |= {names.ENV_ATTEMPT: "2"}
+    with alone.start() as child:
+        until(f"goes on at sweep {saved}, where attempt 1 was", child)
+        child.kill()
+        child.communicate()
+
+
+def test_the_last_act_comes_after_the_last_words_and_before_the_end_wherever_the_main_thread_is(job):
+    script = f"""
+import threading
+from videojob_worker import __main__ as worker, settings
+ending = worker.Ending(settings.read({job.variables()!r}))
+ending.last_act = lambda: print("acts", ending._told, flush=True)
+worker.GRACE_S = 0.1
+ending.heed_sigterm()
+worker.signal.signal(worker.signal.SIGTERM, lambda *_: None)  # as if the main thread never came back to Python
+print("waits", flush=True)
+threading.Event().wait()
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout.readline() == "waits\n"
+        child.send_signal(signal.SIGTERM)
+        out, _ = child.communicate(timeout=60)
+    assert (out, child.returncode) == ("acts True\n", 1)
+    assert job.words.reason is Reason.TERMINATED
 
 
 def test_a_render_says_nothing_that_alarms(alone):

@@ -81,6 +81,15 @@ def boxes(file: bytes) -> list[str]:
     return found
 
 
+@pytest.mark.parametrize("size", [(64, 48), (832, 480)])
+def test_the_init_segment_is_known_before_anything_is_encoded(size):
+    width, height = size
+    noise = np.random.default_rng(0).integers(0, 256, (9, height, width, 3), dtype=np.uint8)
+    made = segments.encode([noise], index=3, first_frame=40, fps=16)
+    assert segments.init(width, height, 16) == made.init
+    assert segments.init(width, height, 24) != made.init
+
+
 def test_a_segment_is_one_fragment(video):
     for segment in video:
         assert boxes(segment.init) == ["ftyp", "moov"]

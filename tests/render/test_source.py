@@ -45,6 +45,20 @@ def files(folder: Path) -> dict[str, bytes]:
 # --- A folder, a claim
 
 
+def test_a_models_fingerprint_tells_other_weights_and_settings_apart(tmp_path):
+    from videojob_worker import tiny
+
+    for name, options in {"one": {}, "same": {}, "weights": {"seed": 1}, "layers": {"layers": 7}}.items():
+        tiny.save(tmp_path / name, **options)
+    (tmp_path / "same" / "README.md").write_text("other words")
+    prints = {folder.name: source.fingerprint(folder) for folder in tmp_path.iterdir()}
+    assert prints["one"] == prints["same"]
+    config = tmp_path / "same" / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace("3.0", "5.0"))
+    prints["settings"] = source.fingerprint(tmp_path / "same")
+    assert len(set(prints.values())) == 4
+
+
 def test_a_folder_is_used_where_it_is(tiny_model, tmp_path):
     assert source.fetch(given(localPath=str(tiny_model)), tmp_path) == tiny_model
     assert list(tmp_path.iterdir()) == []

@@ -516,6 +516,27 @@ def test_identical_objects_of_an_older_attempt_are_left_alone(any_store):
     assert any_store.read(names.segment(0)) == before
 
 
+def test_the_digest_is_known_without_reading(any_store, tmp_path):
+    output = Output.take(any_store, videojob(), 1)
+    output.write("a/b", b"body")
+    (tmp_path / "file").write_bytes(b"other")
+    output.upload("a/c", tmp_path / "file", hashlib.sha256(b"other").hexdigest())
+    assert output.digest("a/b") == hashlib.sha256(b"body").hexdigest()
+    assert output.digest("a/c") == hashlib.sha256(b"other").hexdigest()
+    assert output.digest("a/d") is None
+
+
+def test_a_folder_that_holds_nothing_more_goes_with_its_last_file(tmp_path):
+    output = Output.take(FolderStore(tmp_path / "out"), videojob(), 1)
+    for key in ("a/b/c", "a/b/d", "a/e"):
+        output.write(key, b"body")
+    output.remove("a/b/c")
+    output.remove("a/b/d")
+    assert [path.name for path in (tmp_path / "out" / "a").iterdir()] == ["e"]
+    output.remove("a/e")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [CLAIM]
+
+
 def test_a_removed_claim_is_noticed(any_store):
     output = Output.take(any_store, videojob(), 1)
     any_store.delete(CLAIM, any_store.head(CLAIM).version)
