@@ -122,12 +122,13 @@ def test_the_identity_is_what_determines_the_latents():
                 "prompt": "a fox",
                 "video": {"frames": 81},
                 "model": {"source": {"localPath": "/m"}},
+                "sampling": {"steps": 50},
                 "output": {"s3": {"bucket": "videos"}},
                 **spec,
             },
         }
-        videojob = validation.read(document)
-        return json.dumps(checkpoint.identity(videojob, model="m", dtype=dtype, grid=(60, 104)))
+        spec = validation.read(document).spec
+        return json.dumps(checkpoint.identity(spec, model="m", dtype=dtype, grid=(60, 104)))
 
     assert of() == of(nodes=2) == of(checkpoint={"everySeconds": 5})
     assert len({of(), of(dtype="bfloat16"), of(prompt="a hare"), of(sampling={"steps": 20})}) == 4

@@ -68,7 +68,7 @@ def main() -> None:
     try:
         with _pulse(config, place, ending):
             message = render(config, ending, place)
-    except SystemExit:  # by ``_unwind``
+    except SystemExit:  # by ``Ending``
         ending.tell_terminated()
         raise
     except Exception as error:
@@ -83,15 +83,16 @@ def main() -> None:
 class Ending:
     """A rank's end: the first reason that it gives becomes its last words, and SIGTERM is one wherever it comes.
 
-    Python runs a signal's handler in the main thread between two bytecodes, so not while that one waits in C++ for
-    another rank. The words are therefore left by a thread that the interpreter wakes at once; the handler ends the main
-    thread as soon as it can, cleaning up on its way; and the thread ends the process if that takes too long.
+    An exception out of a signal's handler would strike anywhere, even between a lock's acquisition and its release, and
+    the main thread may sit in C++, waiting for another rank. So the handler raises nothing. A thread that is woken at
+    once leaves the words, does the last act and ends the process; while the ring turns, it first lets the main thread
+    leave of itself, which looks every tick.
     """
 
     def __init__(self, config: Settings) -> None:
         self._config = config
         self._lock = threading.Lock()
-        self._told = False
+        self._told = self._asked = self._turns = False
         self.last_act: Callable[[], object] = _nothing
         """What is still to be done when SIGTERM has come; takes at most HURRY_S."""
 
@@ -113,8 +114,22 @@ class Ending:
         woken, waking = os.pipe()
         os.set_blocking(waking, False)
         signal.set_wakeup_fd(waking)
-        signal.signal(signal.SIGTERM, _unwind)
+        signal.signal(signal.SIGTERM, self._note)
         threading.Thread(target=self._await_sigterm, args=(woken,), name="sigterm", daemon=True).start()
+
+    @contextmanager
+    def turning(self) -> Iterator[Callable[[], None]]:
+        """The ring turns; what is yielded is to be called every tick, and raises SystemExit once SIGTERM has come."""
+        self._turns = True
+        yield self._check
+        self._turns = False
+
+    def _check(self) -> None:
+        if self._asked:
+            sys.exit(1)
+
+    def _note(self, _signum: int, _frame: Any) -> None:
+        self._asked = True
 
     def _await_sigterm(self, woken: int) -> None:
         while os.read(woken, 1) != bytes([signal.SIGTERM]):
@@ -122,15 +137,10 @@ class Ending:
         try:
             self.tell_terminated()
             self.last_act()
-            time.sleep(GRACE_S)
+            if self._turns:
+                time.sleep(GRACE_S)
         finally:
             os._exit(1)
-
-
-def _unwind(_signum: int, _frame: Any) -> None:
-    """Not by an error: libraries would catch it, and try again."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sys.exit(1)
 
 
 def cause(error: Exception, place: Place) -> tuple[Reason, str]:
@@ -178,6 +188,7 @@ def render(config: Settings, ending: Ending, place: Place | None = None) -> str:
         if config.rank == 0:
             stack.enter_context(report.serving(reporter, config.port))
             output = stack.enter_context(Output.take(_store(config, videojob), videojob, config.attempt))
+            ending.last_act = output.give_back
         model = models.read(source.fetch(videojob.spec.model.source, config.scratch))
         spec, grid = sampler.resolve(videojob.spec, model), model.grid(videojob.spec.video)
         plan = videojob_api.plan.plan(spec)
@@ -191,9 +202,11 @@ def render(config: Settings, ending: Ending, place: Place | None = None) -> str:
         scheduler = sampler.load(model, spec, device)
         shared = _conditions(spec, model, stages, link, scheduler.timesteps, config, device)
         if output is None:
-            Ring(plan, grid, stages, shared, link, None, _agreed(link, 0, device), place).run(_nothing, _nothing)
+            ring = Ring(plan, grid, stages, shared, link, None, _agreed(link, 0, device), place)
+            with ending.turning() as check:
+                ring.run(_nothing, check)
         else:
-            keeper = _keeper(config, videojob, model, grid, output, device)
+            keeper = _keeper(config, spec, model, grid, output, device)
             ending.last_act = keeper.hurry
             blocks = Blocks(plan, scheduler, noise(plan, model.channels, *grid, spec.sampling.seed), device)
             sweep = _agreed(link, _restore(keeper, plan, blocks, reporter), device)
@@ -207,20 +220,20 @@ def render(config: Settings, ending: Ending, place: Place | None = None) -> str:
                 finished=plan.clean_before(sweep),
                 read=keeper.read,
             )
-            _lead(config, plan, ring, blocks, keeper, publisher, reporter)
+            _lead(config, ending, plan, ring, blocks, keeper, publisher, reporter)
         link.close()  # not after an error: it would wait for the other ranks
         return "" if output is None else output.url("")
 
 
 def _keeper(
-    config: Settings, videojob: VideoJob, model: Model, grid: tuple[int, int], output: Output, device: torch.device
+    config: Settings, spec: Spec, model: Model, grid: tuple[int, int], output: Output, device: torch.device
 ) -> Keeper:
     fingerprint = source.fingerprint(model.folder)
     return Keeper(
         output=output,
-        identity=checkpoint.identity(videojob, model=fingerprint, dtype=config.dtype, grid=grid),
+        identity=checkpoint.identity(spec, model=fingerprint, dtype=config.dtype, grid=grid),
         scratch=config.scratch,
-        every_s=videojob.spec.checkpoint.every_seconds,
+        every_s=spec.checkpoint.every_seconds,
         device=device,
         hurry_s=HURRY_S,
     )
@@ -247,6 +260,7 @@ def _agreed(link: Link, sweep: int, device: torch.device) -> int:
 
 def _lead(
     config: Settings,
+    ending: Ending,
     plan: Plan,
     ring: Ring,
     blocks: Blocks,
@@ -267,13 +281,16 @@ def _lead(
             keeper.offer(blocks.snapshot(turn.sweep + 1))
             log.info("sweep %d of %d is done", turn.sweep + 1, plan.sweeps)
 
-    def on_tick() -> None:
-        publisher.check()
-        keeper.check()
-
     with publisher, keeper:  # the keeper ends first, since the publisher's end stops all writing
         reporter.stage(Stage.RENDERING)
-        ring.run(on_result, on_tick)
+        with ending.turning() as check:
+
+            def on_tick() -> None:
+                check()
+                publisher.check()
+                keeper.check()
+
+            ring.run(on_result, on_tick)
         reporter.stage(Stage.FINISHING)
         keeper.finish()
         if config.dump_latents is not None:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 import videojob_api.plan
-from videojob_api.spec import VideoJob
+from videojob_api.spec import Spec
 
 from .blocks import BlockState, Snapshot
 
@@ -43,18 +43,18 @@ class Checkpoint:
     clean: tuple[str, ...]  # SHA-256 of each clean block's latents object, from block 0
 
 
-def identity(videojob: VideoJob, *, model: str, dtype: str, grid: tuple[int, int]) -> Identity:
+def identity(spec: Spec, *, model: str, dtype: str, grid: tuple[int, int]) -> Identity:
     """What this render's checkpoints are made of.
 
     Args:
-        videojob: what is rendered.
+        spec: what is rendered, its silence on sampling filled: defaults may change between two attempts.
         model: the model's fingerprint.
         dtype: the transformer's.
         grid: latent rows and columns.
     """
-    plan = videojob_api.plan.plan(videojob.spec)
+    plan = videojob_api.plan.plan(spec)
     return {
-        "specDigest": videojob.spec.digest(),
+        "specDigest": spec.digest(),
         "model": model,
         "dtype": dtype,
         "frames": plan.frames,

@@ -212,7 +212,12 @@ class Output:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is None or self._touched or self.inherited:
+        if error is not None:
+            self.give_back()
+
+    def give_back(self) -> None:
+        """Give a fresh claim back, if nothing was written; the end of all writing."""
+        if self._touched or self.inherited:
             return
         self.abort()  # a claim that stays is no reason to wait
         with suppress(StaleError, StorageError):
@@ -857,7 +862,12 @@ _WRONG_REGION = {"PermanentRedirect", "AuthorizationHeaderMalformed", "301"}
 _DENIED = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "XAdminUserNotFound"}
 _TRANSIENT = {"RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "ConditionalRequestConflict"}
 _IMMUTABLE = "public, max-age=31536000, immutable"
-_CONTENT_TYPES = {".m3u8": "application/vnd.apple.mpegurl", ".mp4": "video/mp4", ".m4s": "video/mp4"}
+_CONTENT_TYPES = {
+    ".m3u8": "application/vnd.apple.mpegurl",
+    ".mp4": "video/mp4",
+    ".m4s": "video/mp4",
+    ".safetensors": "application/octet-stream",
+}
 
 
 def _code(error: Exception) -> str:
