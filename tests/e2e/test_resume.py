@@ -33,12 +33,13 @@ RESUMED = re.compile(r"goes on at sweep (\d+)")
 
 @dataclass
 class Job:
-    """A long, small render into a folder."""
+    """A long, small render."""
 
     folder: Path
     model: Path
     frames: int
-    steps: int = 5
+    bucket: str = "videos"
+    environment: dict[str, str] = field(default_factory=dict)
 
     @property
     def out(self) -> Path:
@@ -57,11 +58,11 @@ class Job:
             "spec": {
                 "prompt": "a fox",
                 "video": {"frames": self.frames, "width": 64, "height": 48},
-                "sampling": {"steps": self.steps, "seed": 3},
+                "sampling": {"steps": 5, "seed": 3},
                 "dualParallel": {"blockLatents": 4, "contextLatents": 3},
                 "checkpoint": {"everySeconds": EVERY_S},
                 "model": {"source": {"localPath": str(self.model)}},
-                "output": {"s3": {"bucket": "videos", "prefix": "long"}},
+                "output": {"s3": {"bucket": self.bucket, "prefix": "long"}},
             },
         }
         (self.folder / "work" / "long" / "render.log").unlink(missing_ok=True)
@@ -71,6 +72,7 @@ class Job:
         return subprocess.Popen(
             list(map(str, command)),
             cwd=self.folder,
+            env={**os.environ, **self.environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -164,17 +166,19 @@ def test_an_interrupted_render_saves_its_last_whole_sweep_and_goes_on_with_anoth
     assert same(job, job.out, whole) == 75
 
 
-def test_a_render_to_s3_goes_on_too(job, whole):
-    with job.start(2) as child:
+def test_a_render_to_s3_goes_on_too(job, whole, s3_server):
+    job.bucket = s3_server.bucket()
+    job.environment = {"AWS_ACCESS_KEY_ID": s3_server.access_key, "AWS_SECRET_ACCESS_KEY": s3_server.secret_key}
+    options = ("--s3-endpoint", s3_server.endpoint, "--dump-latents", "latents.safetensors")
+    with job.start(2, *options) as child:
         until(job, "block 20 of", child)
         os.kill(worker_pids(child)[0], signal.SIGKILL)
         child.communicate(timeout=120)
-    with job.start(2, "--dump-latents", "latents.safetensors") as child:
+    with job.start(2, *options) as child:
         until(job, "goes on at sweep", child)
         child.communicate()
     assert child.returncode == 0, job.log
-    out = job.folder / "work" / "s3" / "videos" / "long"
-    assert same(job, out, whole) == 75
+    assert same(job, s3_server.root / job.bucket / "long", whole) == 75
 
 
 def test_a_checkpoint_that_was_damaged_costs_the_work_since_the_older_one(job, whole):
