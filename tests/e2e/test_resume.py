@@ -243,12 +243,15 @@ class Losses:
 
     seconds: list[float] = field(default_factory=list)
     longest_sweep_s: float = 0.0
+    resumed_at: list[int] = field(default_factory=list)  # the sweep at which each run went on
     _done: dict[int, float] = field(default_factory=dict)  # when each sweep was last completed
     _killed: tuple[float, float] | None = None  # when the run's first sweep was done, and when it was killed
 
     def read(self, log: str, killed_at: float | None) -> None:
         """Take account of a run, which shows where it went on after the kill before."""
         found = RESUMED.search(log)
+        if found or FROM_THE_BEGINNING in log:
+            self.resumed_at.append(int(found[1]) if found else 0)
         if self._killed is not None and (found or FROM_THE_BEGINNING in log):
             begun, at = self._killed
             kept = self._done.get(int(found[1]), begun) if found else begun
@@ -288,6 +291,7 @@ def test_killed_again_and_again_it_still_makes_the_same_video(tiny_model, tmp_pa
     print(f"work lost at {len(losses.seconds)} kills: mean {mean:.2f} s, most {max(losses.seconds, default=0):.2f} s")
     print(f"a checkpoint every {EVERY_S} s; the longest sweep took {losses.longest_sweep_s:.2f} s")
     assert watcher.wrong == []
+    assert losses.resumed_at == sorted(losses.resumed_at), "no run goes back behind an earlier one"
     assert tally["kills"] == KILLS
     assert max(losses.seconds, default=0) <= EVERY_S + losses.longest_sweep_s + 1.0, "a second for the write"
 
