@@ -76,9 +76,9 @@ def test_the_eta_is_what_is_left_at_the_pace_so_far(reporter, clock):
 
 
 def test_a_resumed_render_begins_where_the_older_one_was_and_counts_its_own_pace(reporter, clock):
-    reporter.resumed(7)
+    reporter.resumed(turns=24, blocks=3)
     progress = reporter.progress()
-    assert (progress.turns_done, progress.blocks_done, progress.resumed_from_block) == (5 + 5 + 5 + 4 + 3 + 2, 3, 3)
+    assert (progress.turns_done, progress.blocks_done, progress.resumed_from_block) == (24, 3, 3)
     reporter.stage(Stage.RENDERING)
     assert reporter.progress().eta_seconds is None
     for _ in range(2):
