@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from videojob_api.progress import LastWords, Outcome, Reason
 from videojob_operator import job
 from videojob_worker import __main__ as worker
 from videojob_worker import launch
+from videojob_worker.local import free_port
 
 WAIT = "import signal\nprint('waiting', flush=True)\nsignal.pause()\n"
 RANK_1_DOES = "import os, signal, sys\nif os.environ['RANK'] != '1':\n    signal.pause()\n"
@@ -40,9 +40,6 @@ class Launch:
     def start(self, script: str, *options: str, ranks: int = 2) -> subprocess.Popen[str]:
         path = self.folder / "rank.py"
         path.write_text(script)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         command = [sys.executable, "-m", "videojob_worker.launch", f"--nproc-per-node={ranks}", "--max-restarts=0"]
         environment = {
             "OMP_NUM_THREADS": "1",
@@ -52,7 +49,7 @@ class Launch:
             names.ENV_LAST_WORDS: str(self.folder / "words"),
         }
         return subprocess.Popen(
-            [*command, "--master-addr=127.0.0.1", f"--master-port={port}", *options, str(path)],
+            [*command, "--master-addr=127.0.0.1", f"--master-port={free_port()}", *options, str(path)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

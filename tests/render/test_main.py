@@ -29,6 +29,7 @@ from videojob_worker.errors import (
     OutputConflictError,
     PeerLostError,
 )
+from videojob_worker.local import free_port
 from videojob_worker.place import Place
 from videojob_worker.store import CLAIM, FolderStore, Output
 
@@ -251,11 +252,6 @@ def alone(job) -> Job:
     job.frames = 3000
     job.environment = torchruns(rank=0, size=1, port=free_port())
     return job
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        return port(listening)
 
 
 def test_a_rank_that_is_asked_to_stop_tidies_up(alone):

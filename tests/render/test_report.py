@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import urllib.error
 import urllib.request
 
@@ -12,6 +11,7 @@ import pytest
 from videojob_api.plan import Cut
 from videojob_api.progress import LastWords, Outcome, Progress, Reason, SamplingUsed, Stage
 from videojob_worker import report
+from videojob_worker.local import free_port
 
 CUT = Cut(frames=90, block_latents=4, context_latents=3)
 SAMPLING = SamplingUsed(steps=5, guidance_scale=5.0, flow_shift=3.0)
@@ -38,9 +38,7 @@ def reporter(clock):
 
 @pytest.fixture
 def port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return free_port()
 
 
 def get(port, path):

@@ -17,7 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,11 +84,21 @@ def _answers(endpoint: str, child: subprocess.Popen[bytes], patience_s: float = 
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
+    """A port that nobody listens on now, below those that the kernel lends to connections, which come and go.
+
+    Raises:
+        LocalRunError: there is none.
+    """
+    try:
+        lent = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except (OSError, ValueError):
+        lent = 32768
+    for _ in range(100):
+        port = 10_000 + secrets.randbelow(max(1_000, lent - 10_000))
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind(("", port))
+            return port
+    raise LocalRunError("100 ports that were tried are all taken: end some of the programs that listen")
 
 
 @dataclass(frozen=True)
