@@ -17,6 +17,7 @@ from typing import Any, Self
 
 from testcluster import build
 from testcluster.process import Daemon, guarded, until
+from videojob_worker.local import free_port
 
 REGION = "us-east-1"
 VERSITYGW = next(component for component in build.COMPONENTS if component.name == "versitygw")
@@ -32,7 +33,7 @@ class S3Server:
 
     def __init__(self, address: str = "127.0.0.1", port: int = 0) -> None:
         self.address = address
-        self.port = port or _free_port(address)
+        self.port = port or free_port()
         self.access_key = f"AK{secrets.token_hex(8).upper()}"
         self.secret_key = secrets.token_hex(20)
 
@@ -123,13 +124,6 @@ class S3Server:
         with socket.socket() as probe:
             probe.settimeout(1.0)
             return probe.connect_ex((self.address, self.port)) == 0
-
-
-def _free_port(address: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((address, 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _keeps_attributes(folder: Path) -> bool:
