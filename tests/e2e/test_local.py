@@ -21,6 +21,7 @@ import oracle
 from videojob_api import plan as plans
 from videojob_api import validation
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SAMPLES = Path(__file__).parents[2] / "manifests" / "samples"
 VIDEOJOB = Path(sys.executable).with_name("videojob")
 AWKWARD = "\"double\" 'single' `tick` $(touch pwned) ${HOME} %s \\n\nnew line\ttab 🦊 &lt; <b>;|&" * 120  # > 10,000
@@ -119,14 +120,6 @@ def expected(job: Job) -> torch.Tensor:
     experts = [WanTransformer3DModel.from_pretrained(job.model / name).eval() for name in kind.transformers]
     latents = oracle.render(experts, scheduler, [positive] * plan.blocks, negative, problem)
     return latents[:, :, : plan.latents]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])

@@ -13,15 +13,8 @@ import ring
 from videojob_api.plan import Plan
 from videojob_worker.models import Kind
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PLAN = Plan(frames=90, block_latents=4, context_latents=3, steps=5)  # 6 blocks, the last one with surplus latents
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def serial(rendering, **wrong):

@@ -13,15 +13,8 @@ from videojob_worker import checkpoint
 from videojob_worker.blocks import Snapshot, mapped
 from videojob_worker.checkpoint import Checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PLAN = Plan(frames=74, block_latents=4, context_latents=3, steps=4)  # 5 blocks, the last one with surplus latents
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def told(state: Snapshot) -> str:
